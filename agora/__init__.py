@@ -4,7 +4,7 @@ This package exports the vocabulary. What uses it stands above: `experts` (what 
 """
 
 from agora.errors import AgoraError
-from agora.events import Event, RunState, apply
+from agora.events import AttemptEnded, AttemptStarted, Event, Planned, RunFailed, RunFinished, RunState, apply
 from agora.square import Expert, Square
 from agora.types import (
     AdapterRef,
@@ -27,6 +27,8 @@ __all__ = [
     "AgoraError",
     "Answer",
     "Attempt",
+    "AttemptEnded",
+    "AttemptStarted",
     "Budget",
     "Event",
     "Expert",
@@ -34,6 +36,9 @@ __all__ = [
     "Failure",
     "Modality",
     "Outcome",
+    "Planned",
+    "RunFailed",
+    "RunFinished",
     "RunResult",
     "RunState",
     "Square",
