@@ -1,0 +1,1 @@
+"""What answers: backends, adapters, split models, and the model store."""
