@@ -1,0 +1,137 @@
+"""One HTTP reply of a language-model server: read in bounded pieces, within the time that is given."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final, NoReturn
+
+import aiohttp
+
+from agora.errors import BackendTimeout, BadReply, Unavailable
+
+DRAIN_S: Final = 0.05
+"""Seconds to wait for the end of a body after its last event. It comes in the same packet; where it does not, opening
+a new connection is cheaper than waiting."""
+
+
+class Patience:
+    """How long one request may take, on the running loop's clock.
+
+    Args:
+        backend: The backend's name, for errors.
+        total_s: Seconds for everything.
+        first_token_s: Seconds from each try to the first token of a stream.
+    """
+
+    def __init__(self, backend: str, *, total_s: float, first_token_s: float) -> None:
+        self._backend = backend
+        self._clock = asyncio.get_running_loop().time
+        self._total_s, self._first_token_s = total_s, first_token_s
+        self.began = self._clock()
+        self.until = self.began + total_s
+        self._first_until = math.inf
+
+    def begin_try(self, *, streamed: bool) -> None:
+        """Starts the time for the first token, which only a stream shows; other replies come whole."""
+        self._first_until = self._clock() + self._first_token_s if streamed else math.inf
+
+    @asynccontextmanager
+    async def wait(self, *, first: bool) -> AsyncIterator[None]:
+        """Bounds a block: by the time for the first token too, if that is what the block waits for."""
+        first = first and self._first_until < self.until
+        try:
+            async with asyncio.timeout_at(self._first_until if first else self.until):
+                yield
+        except TimeoutError:
+            what, seconds = ("first token", self._first_token_s) if first else ("complete reply", self._total_s)
+            raise BackendTimeout(f"no {what} within {seconds:g} s", backend=self._backend) from None
+
+
+class Reply:
+    """A successful reply whose body is still to be read, in bounded pieces.
+
+    Leaving the `async with` block gives the connection back if the body was read to its end, and closes it if not:
+    that is how the server learns that nobody wants the rest.
+    """
+
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        patience: Patience,
+        *,
+        backend: str,
+        limit: int,
+        closing: asyncio.Event,
+    ) -> None:
+        self._response = response
+        self._closing = closing
+        self._patience = patience
+        self._backend = backend
+        self._limit = limit
+        self._size = 0
+        self._ended = False
+
+    @property
+    def content_type(self) -> str:
+        """The media type, in lower case; empty if the server names none."""
+        return self._response.content_type.lower() if "Content-Type" in self._response.headers else ""
+
+    async def __aenter__(self) -> Reply:
+        length = self._response.content_length
+        if length is not None and length > self._limit:
+            self._response.close()
+            self._too_big()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        if self._ended:
+            self._response.release()
+        else:
+            self._response.close()
+
+    async def read(self, *, first: bool = False) -> bytes:
+        """The next piece of the body; empty at its end.
+
+        Args:
+            first: Whether the first token is still being waited for.
+
+        Raises:
+            BackendTimeout: If the time is up.
+            BadReply: If the body is cut, or larger than allowed.
+        """
+        try:
+            async with self._patience.wait(first=first):
+                piece = await self._response.content.readany()
+        except (aiohttp.ClientError, OSError) as e:
+            if self._closing.is_set():
+                raise Unavailable("the backend was closed", backend=self._backend) from None
+            raise BadReply(
+                f"the connection broke after {self._size:,} bytes of the reply ({type(e).__name__})",
+                backend=self._backend,
+            ) from None
+        self._size += len(piece)
+        if self._size > self._limit:
+            self._too_big()
+        self._ended = not piece
+        return piece
+
+    async def whole(self) -> bytes:
+        """The rest of the body."""
+        pieces = []
+        while piece := await self.read():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def drain(self) -> None:
+        """Reads the end of the body if it is there already, so that the connection can be used again."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                self._ended = not await self._response.content.readany()
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            self._ended = False
+
+    def _too_big(self) -> NoReturn:
+        raise BadReply(f"the reply is larger than {self._limit:,} bytes", backend=self._backend)
