@@ -1,0 +1,151 @@
+"""Where the run store keeps its rows and LangGraph its checkpoints: a SQLite file, or a PostgreSQL server.
+
+Both live behind one connection, so that a run and its checkpoints are in one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import aiosqlite
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
+from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
+
+from agora.errors import InvalidRequest, StoreError
+
+BUSY_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for another process that is writing to the same file; a checkpoint is written in milliseconds."""
+
+CONNECT_TIMEOUT_S: Final = 10
+"""Seconds to wait for a PostgreSQL server to accept; one that is up accepts in milliseconds, far ones in one or two."""
+
+
+class Taken(Exception):
+    """A row with that key is already there."""
+
+
+class Database(Protocol):
+    """One open connection. SQL has `?` for values."""
+
+    @property
+    def checkpointer(self) -> BaseCheckpointSaver[Any]:
+        """LangGraph's saver on the same connection."""
+
+    async def script(self, statements: Sequence[str]) -> None:
+        """Runs statements that make tables."""
+
+    async def write(self, sql: str, values: Sequence[Any]) -> None:
+        """Runs and commits one statement; raises `Taken` or `StoreError`."""
+
+    async def read(self, sql: str, values: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+        """The rows of one query; raises `StoreError`."""
+
+
+def _serde() -> JsonPlusSerializer:
+    # Plain values only: a checkpoint can never make agora build an object of its choosing.
+    return JsonPlusSerializer(allowed_msgpack_modules=None)
+
+
+class _Sqlite:
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._db = connection
+        self._saver = AsyncSqliteSaver(connection, serde=_serde())
+
+    @property
+    def checkpointer(self) -> AsyncSqliteSaver:
+        return self._saver
+
+    async def script(self, statements: Sequence[str]) -> None:
+        await self._saver.setup()
+        for s in statements:
+            await self._db.execute(s)
+        await self._db.commit()
+
+    async def write(self, sql: str, values: Sequence[Any]) -> None:
+        # The saver's lock, since both write through one connection and a commit is of the whole connection.
+        try:
+            async with self._saver.lock:
+                await self._db.execute(sql, values)
+                await self._db.commit()
+        except sqlite3.IntegrityError as e:
+            raise Taken from e
+        except sqlite3.Error as e:
+            raise StoreError(f"cannot write to the run store: {e}", hint="is the disk full?") from e
+
+    async def read(self, sql: str, values: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+        try:
+            async with self._saver.lock, self._db.execute(sql, values) as cursor:
+                names = [c[0] for c in cursor.description]
+                return [dict(zip(names, row, strict=True)) for row in await cursor.fetchall()]
+        except sqlite3.Error as e:
+            raise StoreError(f"cannot read the run store: {e}", hint="is the file damaged?") from e
+
+
+@asynccontextmanager
+async def _open_sqlite(where: str) -> AsyncIterator[Database]:
+    path = Path(where)
+    try:
+        path = await asyncio.to_thread(_prepared, path)
+        connection = await aiosqlite.connect(path, timeout=BUSY_TIMEOUT_S)
+    except (OSError, sqlite3.Error) as e:
+        raise StoreError(f"cannot open the run store {path}: {e}", hint="check the folder, or set [store] path") from e
+    try:
+        yield _Sqlite(connection)
+    except sqlite3.DatabaseError as e:
+        raise StoreError(f"cannot use the run store {path}: {e}", hint="move it away, or set [store] path") from e
+    finally:
+        await connection.close()
+
+
+def _prepared(path: Path) -> Path:
+    path = path.expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@asynccontextmanager
+async def _open_postgres(where: str) -> AsyncIterator[Database]:
+    try:
+        import psycopg
+
+        from graphs.postgres import connect
+    except ImportError as e:
+        raise StoreError(
+            f"a run store in PostgreSQL needs more packages: {e}", hint="pip install 'agora-llm[postgres]'"
+        ) from e
+    try:
+        async with connect(where, _serde(), CONNECT_TIMEOUT_S) as database:
+            yield database
+    except psycopg.Error as e:
+        # The address may hold a password: it is not repeated.
+        raise StoreError(f"the PostgreSQL run store failed: {e}", hint="check [store] path and the server") from e
+
+
+OPENERS: Final[Mapping[str, Callable[[str], AbstractAsyncContextManager[Database]]]] = {
+    "postgresql": _open_postgres,
+    "postgres": _open_postgres,
+}
+"""How to open a store by the scheme of its address; whatever has no scheme is a SQLite file."""
+
+
+def open_database(where: Path | str) -> AbstractAsyncContextManager[Database]:
+    """Opens the database at `where`: a file's path, or `postgresql://user@host/name`.
+
+    Raises:
+        InvalidRequest: If the address has a scheme that nothing here opens.
+        StoreError: When entered: if it cannot be opened.
+    """
+    if isinstance(where, str) and "://" in where:
+        scheme = where.partition("://")[0]
+        if scheme not in OPENERS:
+            raise InvalidRequest(
+                f"run store address of scheme {scheme!r}; allowed: a file's path, or {', '.join(OPENERS)}://…"
+            )
+        return OPENERS[scheme](where)
+    return _open_sqlite(str(where))
