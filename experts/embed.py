@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from agora.errors import InvalidRequest
 from experts.loading import loading
@@ -38,6 +39,9 @@ MAX_CHARACTERS: Final = 32_768
 
 BATCH_SIZE: Final = 32
 """Texts in one forward pass; the default of sentence-transformers."""
+
+THREADS: Final = 1
+"""Threads of one forward pass; see where it is used."""
 
 CACHE_SIZE: Final = 16_384
 """Vectors remembered, least recently used forgotten first: 1.6 kB each, so about 26 MB."""
@@ -153,6 +157,10 @@ class MiniLM:
                 if model.config.hidden_size != DIMENSION:
                     raise ValueError(f"its vectors have {model.config.hidden_size} numbers, not {DIMENSION}")
             self._loaded = tokenizer, model.eval()
+            # This thread's share of the cores. One text is milliseconds of work, which a second core hardly shortens;
+            # but two threads that spin for each other beside a decoding model took 300 ms and more on a busy machine,
+            # where one takes 20. Not torch.set_num_threads: that would bind every thread started later, too.
+            threadpool_limits(THREADS, user_api="openmp")
         return self._loaded
 
     def _encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
