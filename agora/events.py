@@ -180,9 +180,20 @@ class RunState:
 
 
 def _run_started(state: RunState, e: RunStarted) -> RunState:
-    if state.status is not Status.WAITING:
+    if state.result is not None or (state.started_at is not None and e.at <= state.started_at):
         return state
-    return dataclasses.replace(state, run=e.run, question=e.question, status=Status.RUNNING, started_at=e.at)
+    # The first leg, or one more after an interruption: what had been answered stays, everything else begins anew.
+    kept = {i: s if s.status is Status.DONE else SubtaskState() for i, s in state.subtasks.items()}
+    return dataclasses.replace(
+        state,
+        run=e.run,
+        question=e.question,
+        status=Status.RUNNING,
+        started_at=e.at,
+        subtasks=kept,
+        synthesising=False,
+        error=None,
+    )
 
 
 def _planned(state: RunState, e: Planned) -> RunState:
@@ -203,7 +214,7 @@ def _with(state: RunState, subtask: str, new: SubtaskState) -> RunState:
 
 def _attempt_started(state: RunState, e: AttemptStarted) -> RunState:
     old = state.subtasks.get(e.subtask, SubtaskState())
-    if e.attempt <= old.attempt:
+    if old.status is Status.DONE or e.attempt <= old.attempt:
         return state
     return _with(
         state,
@@ -220,7 +231,7 @@ def _attempt_started(state: RunState, e: AttemptStarted) -> RunState:
 
 def _attempt_ended(state: RunState, e: AttemptEnded) -> RunState:
     old = state.subtasks.get(e.subtask, SubtaskState())
-    if e.attempt < old.attempt or (e.attempt == old.attempt and old.outcome is not None):
+    if old.status is Status.DONE or e.attempt < old.attempt or (e.attempt == old.attempt and old.outcome is not None):
         return state
     answered = isinstance(e.result.outcome, Answer)
     ended = answered or e.final

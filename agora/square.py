@@ -7,6 +7,7 @@ a system prompt and, where the backend takes one, an adapter.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -71,12 +72,13 @@ class Expert:
         )
         done = await self.backend.generate(request)
         usage = replace(done.usage, cost=self.card.cost_of(done.usage.tokens), calls=1)
+        mean = done.mean_logprob
         return Answer(
-            text=done.text.strip(),
+            text=_clean(done.text),
             expert=self.name,
             usage=usage,
             seconds=time.monotonic() - started,
-            mean_logprob=done.mean_logprob,
+            mean_logprob=mean if mean is not None and math.isfinite(mean) else None,
             finish_reason=done.finish_reason,
             adapter=str(self.adapter) if self.adapter else None,
         )
@@ -162,9 +164,16 @@ class Square:
         return {e.name: probes[id(e.backend)] for e in self}
 
     async def aclose(self) -> None:
-        """Closes every backend once."""
+        """Closes every backend once, all of them even if one fails; that one's error is raised at the end."""
         backends = {id(e.backend): e.backend for e in self}
-        await asyncio.gather(*(b.aclose() for b in backends.values()))
+        ends = await asyncio.gather(*(b.aclose() for b in backends.values()), return_exceptions=True)
+        if failed := [e for e in ends if isinstance(e, BaseException)]:
+            raise failed[0]
+
+
+def _clean(text: str) -> str:
+    """What can be asked on, stored and sent: no NUL, no lone surrogates (a third-party backend may return any)."""
+    return text.replace("\x00", "").encode("utf-8", "replace").decode("utf-8").strip()
 
 
 async def _probe(backend: Backend, timeout_s: float) -> Health:
@@ -173,3 +182,6 @@ async def _probe(backend: Backend, timeout_s: float) -> Health:
             return await backend.health()
     except TimeoutError:
         return Health(ok=False, detail=f"no token within {timeout_s:g} s", seconds=timeout_s)
+    except Exception as e:
+        # A probe is asked of everybody; one backend that breaks its promise not to raise must not hide the others.
+        return Health(ok=False, detail=f"{type(e).__name__}: {e}")

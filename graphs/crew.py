@@ -9,21 +9,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from agora.errors import (
+    AdapterError,
+    AgoraError,
+    BackendError,
+    BackendTimeout,
+    BudgetExceeded,
+    DeadlineExceeded,
+    Overloaded,
+    Rejected,
+    Unavailable,
+    Unsupported,
+)
 from agora.routing.router import Router
-
-from agora.errors import AgoraError, BackendTimeout, BudgetExceeded, DeadlineExceeded
 from agora.square import Expert, Square
 from agora.types import Answer, Attempt, Failure, Outcome, Subtask, Usage
-from graphs.spend import Spend
+from graphs.spend import Spend, prompt_tokens
 
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS: Final = 3
-"""Experts asked for one subtask before it is given up: if each fails on its own one time in ten, one subtask in a
+"""Experts asked for one subtask in one round: if each fails on its own one time in ten, one subtask in a
 thousand stays without an answer."""
 
-_GIVE_UP: Final = frozenset({BudgetExceeded.code, DeadlineExceeded.code})
-"""Failures that no other expert can mend."""
+_NOT_READ: Final = (Unavailable, Overloaded, Rejected, Unsupported, AdapterError)
+"""Errors of a backend that had no part of the prompt read: nothing was used. After any other the prompt counts."""
 
 OnStart = Callable[[int, str, str], None]
 OnEnd = Callable[[int, Attempt, bool], None]
@@ -36,7 +46,7 @@ class Crew:
     Attributes:
         square: Who is here.
         router: Ranks experts for a subtask.
-        max_attempts: Experts asked for one subtask before it is given up.
+        max_attempts: Experts asked for one subtask in one round; passing failures get a second round.
     """
 
     square: Square
@@ -85,44 +95,69 @@ class Crew:
         else:
             names = [c.expert for c in ranking.candidates][: self.max_attempts]
             experts = [e for e in map(self.square.get, names) if e is not None]
-            for number, expert in enumerate(experts, 1):
+            while experts:
+                expert, number = experts.pop(0), len(attempts) + 1
                 why = ranking.why(expert.name)
-                if number > 1:
+                if attempts:
                     why = f"{attempts[-1].expert} failed; {why}"
                 on_start(number, expert.name, why)
                 attempt = await _ask(expert, subtask, question, why=why, spend=spend, deadline=deadline)
                 attempts.append(attempt)
-                last = isinstance(attempt.outcome, Answer) or number == len(experts) or attempt.outcome.code in _GIVE_UP
-                on_end(number, attempt, last)
-                if last:
-                    return tuple(attempts)
+                experts = _worth_asking(experts, attempt.outcome, expert)
+                on_end(number, attempt, not experts)
+            if attempts:
+                return tuple(attempts)
             failure = Failure(code="no_expert", message=f"everyone chosen has left: {names}", transient=True)
         attempt = _not_asked(failure)
         on_end(1, attempt, True)
         return (attempt,)
 
 
+def _worth_asking(others: list[Expert], outcome: Outcome, asked: Expert) -> list[Expert]:
+    """Those of the others who may do better than the one who was just asked."""
+    if isinstance(outcome, Answer) or outcome.code == DeadlineExceeded.code:
+        return []
+    if outcome.code == BudgetExceeded.code:
+        return [e for e in others if e.card.price_per_mtok < asked.card.price_per_mtok]
+    return others
+
+
 async def _ask(
     expert: Expert, subtask: Subtask, question: str, *, why: str, spend: Spend, deadline: float | None
 ) -> Attempt:
     started_at, started = time.time(), time.monotonic()
+    chars = len(question) + len(expert.system_prompt or "")
     outcome: Outcome
+    counted = False
     try:
         left = _left(deadline)
-        # The expert is told its time so that a remote one can stop by itself; the block holds it to that.
-        async with asyncio.timeout(left):
-            with spend.grant(expert.card, len(question) + len(expert.system_prompt or ""), subtask.max_tokens) as most:
-                outcome = await expert.ask(question, max_tokens=most, timeout_s=left)
+        if left is not None and left <= 0:
+            raise DeadlineExceeded(f"the run's deadline passed before {expert.name} was asked")
+        async with asyncio.timeout(left), spend.grant(expert.card, chars, subtask.max_tokens) as most:
+            # The expert is told its time so that a remote one can stop by itself; the block holds it to that.
+            outcome = await expert.ask(question, max_tokens=most, timeout_s=_left(deadline))
+            spend.add(outcome.usage)  # before the promise is released, or another call could have both
+            counted = True
         if outcome.text == "":
             outcome = Failure(
                 code="bad_reply", message=f"{expert.name} gave an empty answer", transient=True, usage=outcome.usage
             )
+        elif outcome.finish_reason == "length" and most < min(subtask.max_tokens or most + 1, expert.card.max_tokens):
+            outcome = replace(outcome, notes=(*outcome.notes, f"cut short: the budget left {most} tokens for it"))
     except TimeoutError:
         outcome = Failure.of(DeadlineExceeded(f"the run's deadline passed while {expert.name} was answering"))
-    except BackendTimeout as e:
-        outcome = Failure.of(DeadlineExceeded(str(e)) if _passed(deadline) else e)
+        outcome = replace(outcome, usage=_read_at_least(expert, chars))
     except AgoraError as e:
-        outcome = Failure.of(e)
+        late = isinstance(e, BackendTimeout) and _passed(deadline)
+        outcome = Failure.of(DeadlineExceeded(str(e)) if late else e)
+        if isinstance(e, BackendError) and not isinstance(e, _NOT_READ):
+            outcome = replace(outcome, usage=_read_at_least(expert, chars))
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # Nobody cancelled the run: the backend's own work was, e.g. since it was closed.
+        outcome = Failure(code="unavailable", message=f"{expert.name} dropped the question", transient=True)
     except Exception as e:
         # A third-party backend may raise anything; one subtask's trouble must not end the others.
         log.exception("expert %s failed", expert.name)
@@ -130,8 +165,15 @@ async def _ask(
     seconds = time.monotonic() - started
     if isinstance(outcome, Failure):
         outcome = replace(outcome, expert=expert.name, seconds=seconds)
-    spend.add(outcome.usage)
+        if not counted:
+            spend.add(outcome.usage)
     return Attempt(expert=expert.name, why=why, outcome=outcome, started_at=started_at, seconds=seconds)
+
+
+def _read_at_least(expert: Expert, chars: int) -> Usage:
+    """What a call that broke off has used as far as anybody can tell: its prompt."""
+    tokens = prompt_tokens(chars)
+    return Usage(prompt_tokens=tokens, cost=expert.card.cost_of(tokens), calls=1)
 
 
 def missing_input(subtask: Subtask, missing: list[str]) -> Attempt:

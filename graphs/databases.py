@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import aiosqlite
+from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.serde.base import SerializerProtocol
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.checkpoint.sqlite.aio import AsyncSqliteSaver
 
@@ -40,8 +49,8 @@ class Database(Protocol):
     async def script(self, statements: Sequence[str]) -> None:
         """Runs statements that make tables."""
 
-    async def write(self, sql: str, values: Sequence[Any]) -> None:
-        """Runs and commits one statement; raises `Taken` or `StoreError`."""
+    async def write(self, sql: str, values: Sequence[Any]) -> int:
+        """Runs and commits one statement; the number of rows it changed. Raises `Taken` or `StoreError`."""
 
     async def read(self, sql: str, values: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
         """The rows of one query; raises `StoreError`."""
@@ -52,10 +61,58 @@ def _serde() -> JsonPlusSerializer:
     return JsonPlusSerializer(allowed_msgpack_modules=None)
 
 
+class Watched:
+    """Mixed into a saver: tells whoever watches a thread that one of its results could not be written.
+
+    LangGraph itself tells that only when the run has come to its end, after everybody has been asked (and paid).
+    """
+
+    _watchers: dict[str, Callable[[Exception], None]]
+
+    @contextmanager
+    def watched(self, thread: str, on_loss: Callable[[Exception], None]) -> Iterator[None]:
+        """Calls `on_loss` with the error, for as long as the block lasts."""
+        self._watchers[thread] = on_loss
+        try:
+            yield
+        finally:
+            self._watchers.pop(thread, None)
+
+    def _told(self, config: RunnableConfig, error: Exception) -> None:
+        watcher = self._watchers.get(str(config["configurable"]["thread_id"]))
+        if watcher is not None:
+            watcher(error)
+
+
+def watching(checkpointer: object, thread: str, on_loss: Callable[[Exception], None]) -> AbstractContextManager[None]:
+    """Watches a thread of a saver, if it is one that can be watched."""
+    return checkpointer.watched(thread, on_loss) if isinstance(checkpointer, Watched) else nullcontext()
+
+
+class WatchedSqlite(Watched, AsyncSqliteSaver):
+    """LangGraph's saver for SQLite, watched."""
+
+    def __init__(self, connection: aiosqlite.Connection, serde: SerializerProtocol) -> None:
+        super().__init__(connection, serde=serde)
+        self._watchers = {}
+
+    async def aput_writes(
+        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
+    ) -> None:
+        """Writes what a task returned."""
+        try:
+            await super().aput_writes(config, writes, task_id, task_path)
+        except Exception as e:
+            with suppress(sqlite3.Error):
+                await self.conn.rollback()
+            self._told(config, e)
+            raise
+
+
 class _Sqlite:
     def __init__(self, connection: aiosqlite.Connection) -> None:
         self._db = connection
-        self._saver = AsyncSqliteSaver(connection, serde=_serde())
+        self._saver = WatchedSqlite(connection, _serde())
 
     @property
     def checkpointer(self) -> AsyncSqliteSaver:
@@ -67,16 +124,19 @@ class _Sqlite:
             await self._db.execute(s)
         await self._db.commit()
 
-    async def write(self, sql: str, values: Sequence[Any]) -> None:
+    async def write(self, sql: str, values: Sequence[Any]) -> int:
         # The saver's lock, since both write through one connection and a commit is of the whole connection.
-        try:
-            async with self._saver.lock:
-                await self._db.execute(sql, values)
+        async with self._saver.lock:
+            try:
+                cursor = await self._db.execute(sql, values)
                 await self._db.commit()
-        except sqlite3.IntegrityError as e:
-            raise Taken from e
-        except sqlite3.Error as e:
-            raise StoreError(f"cannot write to the run store: {e}", hint="is the disk full?") from e
+                return cursor.rowcount
+            except sqlite3.IntegrityError as e:
+                await self._db.rollback()  # or the file stays locked for everybody else
+                raise Taken from e
+            except (sqlite3.Error, ValueError) as e:
+                await self._db.rollback()
+                raise StoreError(f"cannot write to the run store: {e}", hint="is the disk full?") from e
 
     async def read(self, sql: str, values: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
         try:
@@ -98,7 +158,10 @@ async def _open_sqlite(where: str) -> AsyncIterator[Database]:
     try:
         yield _Sqlite(connection)
     except sqlite3.DatabaseError as e:
-        raise StoreError(f"cannot use the run store {path}: {e}", hint="move it away, or set [store] path") from e
+        raise StoreError(
+            f"cannot use the run store {path}: {e}",
+            hint="is it locked, full, or no run store? Set [store] path to use another",
+        ) from e
     finally:
         await connection.close()
 

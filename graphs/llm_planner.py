@@ -140,7 +140,7 @@ class LLMPlanner:
         while len(refused) < 2:
             turns = self._turns(question, refused)
             try:
-                with spend.grant(self._card, sum(len(t.content) for t in turns), None) as most:
+                async with spend.grant(self._card, sum(len(t.content) for t in turns), None) as most:
                     reply = await self._ask(turns, most, None if deadline is None else deadline - clock())
             except AgoraError as e:
                 return await self._fall_back(question, f"the planning model failed ({_cut(str(e))})", spend.spent)

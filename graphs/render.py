@@ -19,8 +19,8 @@ number or a date is well below; a sentence in the middle of a question reads bad
 MAX_INPUT_CHARS: Final = 4_000
 """Characters of one input's answer that are passed on: ~1,000 tokens, so that several fit an 8k context."""
 
-_REFERENCE: Final = re.compile(r"#([A-Za-z0-9][A-Za-z0-9_.-]*)")
-_IN_BRACKETS: Final = re.compile(r" ?\((#[A-Za-z0-9][A-Za-z0-9_.-]*(?:[;,] #[A-Za-z0-9][A-Za-z0-9_.-]*)*)\)")
+MAX_CONTEXT_CHARS: Final = 24_000
+"""Characters of all inputs' answers together: ~6,000 tokens. Many inputs get a smaller share each."""
 
 
 def render(subtask: Subtask, inputs: Mapping[str, tuple[Subtask, Answer]]) -> str:
@@ -30,21 +30,21 @@ def render(subtask: Subtask, inputs: Mapping[str, tuple[Subtask, Answer]]) -> st
         subtask: What to ask.
         inputs: For every input id, the input's subtask and its answer.
     """
-    referred = set(_REFERENCE.findall(subtask.question))
-    referred |= {name.rstrip(".-_") for name in referred}
+    referred = _referred(subtask.question, subtask.inputs)
+    share = min(MAX_INPUT_CHARS, MAX_CONTEXT_CHARS // max(1, len(inputs)))
     inline: dict[str, str] = {}
     quoted: dict[str, str] = {}
     for i in subtask.inputs:
         earlier, answer = inputs[i]
         text = answer.text.strip()
-        if len(text) <= INLINE_CHARS and "\n" not in text and i in referred:
-            inline[i] = text.rstrip(".")
+        if len(text) <= min(INLINE_CHARS, share) and "\n" not in text and i in referred:
+            inline[i] = text.rstrip(".") or text
         else:
-            if len(text) > MAX_INPUT_CHARS:
-                text = text[:MAX_INPUT_CHARS].rstrip() + " […]"
-            quoted[i] = f"Q: {_told(earlier.question, {}, ())}\nA: {text}"
-    names = {i: f'the answer to "{_short(_told(inputs[i][0].question, {}, ()))}"' for i in quoted}
-    question = _told(subtask.question, {**names, **inline}, quoted)
+            if len(text) > share:
+                text = text[:share].rstrip() + " […]"
+            quoted[i] = f"Q: {_short(_told(earlier.question, {}, earlier.inputs, ()), share)}\nA: {text}"
+    names = {i: f'the answer to "{_short(_told(inputs[i][0].question, {}, inputs[i][0].inputs, ()))}"' for i in quoted}
+    question = _told(subtask.question, {**names, **inline}, subtask.inputs, quoted)
     if not quoted:
         return question
     return "Known so far:\n" + "\n".join(quoted.values()) + f"\n\nUse what is known to answer: {question}"
@@ -52,26 +52,39 @@ def render(subtask: Subtask, inputs: Mapping[str, tuple[Subtask, Answer]]) -> st
 
 def plain_question(subtask: Subtask, by_id: Mapping[str, Subtask]) -> str:
     """The subtask's question for people to read: references in brackets left out, others told in words."""
-    names = {i: f'the answer to "{_short(_told(by_id[i].question, {}, ()))}"' for i in subtask.inputs}
-    return _told(subtask.question, names, subtask.inputs)
+    names = {i: f'the answer to "{_short(_told(by_id[i].question, {}, by_id[i].inputs, ()))}"' for i in subtask.inputs}
+    return _told(subtask.question, names, subtask.inputs, subtask.inputs)
 
 
-def _told(question: str, names: Mapping[str, str], silent: Collection[str]) -> str:
-    """`question` with references replaced by `names`; in brackets, those in `silent` or not named are left out."""
-
-    def brackets(found: re.Match[str]) -> str:
-        told = [names[i] for i in _REFERENCE.findall(found[1]) if i in names and i not in silent]
-        return f" ({'; '.join(told)})" if told else ""
-
-    return _REFERENCE.sub(lambda m: _replaced(m[1], names), _IN_BRACKETS.sub(brackets, question))
+def _references(ids: Collection[str]) -> str:
+    """A pattern that matches references to these ids and to no longer ones that begin alike ("#t1" in "#t10")."""
+    longest_first = "|".join(re.escape(i) for i in sorted(ids, key=len, reverse=True))
+    return rf"#(?P<id>{longest_first})(?![A-Za-z0-9_])"
 
 
-def _replaced(reference: str, names: Mapping[str, str]) -> str:
-    # "#t1." at the end of a sentence: the dot may belong to the sentence, not to the id.
-    for name in (reference, reference.rstrip(".-_")):
-        if name in names:
-            return names[name] + reference[len(name) :]
-    return f"#{reference}"
+def _referred(question: str, ids: Collection[str]) -> set[str]:
+    return {m["id"] for m in re.finditer(_references(ids), question)} if ids else set()
+
+
+def _told(question: str, names: Mapping[str, str], ids: Collection[str], silent: Collection[str]) -> str:
+    """`question` with references to `ids` replaced by `names`.
+
+    A group of references in brackets loses those in `silent` and those without a name, and goes if none is left. One
+    pass: what an answer says is never taken for a reference.
+    """
+    if not ids:
+        return question
+    one = _references(ids)
+    plain = one.replace("?P<id>", "?:")
+    group = rf" ?\((?P<group>{plain}(?:[;,] {plain})*)\)"
+
+    def replaced(m: re.Match[str]) -> str:
+        if m["group"] is None:
+            return names.get(m["id"], m[0])
+        said = [names[i] for i in (f["id"] for f in re.finditer(one, m["group"])) if i in names and i not in silent]
+        return f"{' ' if m[0].startswith(' ') else ''}({'; '.join(said)})" if said else ""
+
+    return re.sub(f"{group}|{one}", replaced, question)
 
 
 def _short(text: str, limit: int = 80) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Final, cast
 
@@ -113,13 +113,14 @@ async def stream(
         yield RunFailed(run=run_id, at=time.time(), code=e.code, message=str(e))
 
 
-async def _last(events: AsyncIterator[Event], on_event: Callable[[Event], None] | None) -> RunResult:
+async def _last(events: AsyncGenerator[Event, None], on_event: Callable[[Event], None] | None) -> RunResult:
     result: RunResult | None = None
-    async for event in events:
-        if on_event is not None:
-            on_event(event)
-        if isinstance(event, RunFinished):
-            result = event.result
+    async with aclosing(events):
+        async for event in events:
+            if on_event is not None:
+                on_event(event)
+            if isinstance(event, RunFinished):
+                result = event.result
     if result is None:
         raise AgoraError("the graph ended without a result", hint="is it one of agora's graphs?")
     return result

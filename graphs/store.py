@@ -19,7 +19,7 @@ from typing import Any, Final
 import psutil
 from langgraph.checkpoint.base import BaseCheckpointSaver
 
-from agora.errors import InvalidRequest, RunNotFound
+from agora.errors import InvalidRequest, RunNotFound, StoreError
 from agora.types import RunResult
 from graphs.databases import Database, Taken, open_database
 from graphs.run import checked_run_id
@@ -137,36 +137,63 @@ class RunStore:
             ) from None
 
     async def finish(self, run_id: str, *, result: RunResult | None = None, error: str | None = None) -> None:
-        """Writes down how a run ended: with a result, complete or not, or with an error."""
+        """Writes down how a run ended: with a result, complete or not, or with an error.
+
+        Raises:
+            StoreError: If it cannot be written, or this process is not the one that is at the run.
+        """
         status = RunStatus.FAILED
         if result is not None:
             status = RunStatus.DONE if result.complete else RunStatus.PARTIAL
         text = None if result is None else json.dumps(result.to_dict(), ensure_ascii=False)
-        await self._db.write(
-            "UPDATE runs SET status = ?, finished_at = ?, result = ?, error = ?, owner = NULL WHERE id = ?",
-            (str(status), time.time(), text, error, run_id),
+        await self._own(
+            run_id,
+            "status = ?, finished_at = ?, result = ?, error = ?, owner = NULL",
+            (str(status), time.time(), text, error),
         )
 
     async def interrupt(self, run_id: str) -> None:
-        """Writes down that a run was stopped and may be resumed."""
-        await self._db.write(
-            "UPDATE runs SET status = ?, owner = NULL WHERE id = ?", (str(RunStatus.INTERRUPTED), run_id)
-        )
+        """Writes down that a run was stopped and may be resumed.
+
+        Raises:
+            StoreError: If it cannot be written, or this process is not the one that is at the run.
+        """
+        await self._own(run_id, "status = ?, owner = NULL", (str(RunStatus.INTERRUPTED),))
 
     async def take_over(self, run_id: str) -> None:
         """Writes down that this process goes on with a run.
 
         Raises:
             RunNotFound: If there is no such run.
-            InvalidRequest: If another living process is at it.
+            InvalidRequest: If it came to its end, or another living process is at it.
         """
-        record = await self.get(run_id)
-        if record.status is RunStatus.RUNNING:
+        row = await self._row(run_id)
+        record = _record(row)
+        if record.status in (RunStatus.DONE, RunStatus.PARTIAL):
+            raise InvalidRequest(f"run {run_id!r} already came to its end", hint=f"see: agora runs show {run_id}")
+        taken = 0
+        if record.status is not RunStatus.RUNNING:
+            # Only if nobody else has taken it since it was looked at.
+            taken = await self._db.write(
+                "UPDATE runs SET status = ?, finished_at = NULL, error = NULL, owner = ? "
+                "WHERE id = ? AND status = ? AND COALESCE(owner, '') = ?",
+                (str(RunStatus.RUNNING), _me(), run_id, row["status"], row["owner"] or ""),
+            )
+        if not taken:
             raise InvalidRequest(f"run {run_id!r} is being worked on by another process", hint="wait for it")
-        await self._db.write(
-            "UPDATE runs SET status = ?, finished_at = NULL, error = NULL, owner = ? WHERE id = ?",
-            (str(RunStatus.RUNNING), _me(), run_id),
-        )
+
+    async def _own(self, run_id: str, change: str, values: tuple[Any, ...]) -> None:
+        """Changes a run that this process is at."""
+        sql = f"UPDATE runs SET {change} WHERE id = ? AND owner = ?"
+        if not await self._db.write(sql, (*values, run_id, _me())):
+            await self._row(run_id)
+            raise StoreError(f"run {run_id!r} is not this process's to write", hint="another process took it over")
+
+    async def _row(self, run_id: str) -> Mapping[str, Any]:
+        rows = await self._db.read("SELECT * FROM runs WHERE id = ?", (run_id,))
+        if not rows:
+            raise RunNotFound(f"no run {run_id!r} is in the store", hint="list them with: agora runs list")
+        return rows[0]
 
     async def get(self, run_id: str) -> RunRecord:
         """The run of that id.
@@ -175,10 +202,7 @@ class RunStore:
             RunNotFound: If there is none.
             StoreError: If the store cannot be read.
         """
-        rows = await self._db.read("SELECT * FROM runs WHERE id = ?", (run_id,))
-        if not rows:
-            raise RunNotFound(f"no run {run_id!r} is in the store", hint="list them with: agora runs list")
-        return _record(rows[0])
+        return _record(await self._row(run_id))
 
     async def list(self, *, limit: int = 100) -> list[RunRecord]:
         """The newest runs first.
@@ -222,11 +246,13 @@ def _alive(owner: str | None) -> bool:
         # A process of another machine cannot be seen from here; it is taken at its word.
         return True
     try:
-        return _process_name(psutil.Process(int(pid))) == owner
+        process = psutil.Process(int(pid))
+        # A killed process whose parent has not asked about it yet is still listed.
+        return process.status() != psutil.STATUS_ZOMBIE and _process_name(process) == owner
     except psutil.NoSuchProcess:
         return False
 
 
 def _process_name(process: psutil.Process) -> str:
     # With its start time: the system gives the number of a dead process to a new one.
-    return f"{platform.node()}:{process.pid}:{process.create_time():.2f}"
+    return f"{platform.node()}:{process.pid}:{process.create_time():.0f}"

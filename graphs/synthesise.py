@@ -8,7 +8,7 @@ from typing import Protocol
 
 from agora.errors import AgoraError
 from agora.square import Expert
-from agora.types import Answer, Outcome, Subtask, TaskGraph
+from agora.types import Answer, Outcome, Subtask, TaskGraph, Usage
 from graphs.render import plain_question
 
 
@@ -113,6 +113,7 @@ class LLMSynthesiser:
         """See `Synthesiser`. One part alone is passed on without asking anybody."""
         if len(answered(graph, outcomes)) == 1:
             return Answer(text=combine(question, graph, outcomes), expert="sections")
+        usage = Usage()
         try:
             async with asyncio.timeout(timeout_s):
                 answer = await self._expert.ask(
@@ -120,13 +121,13 @@ class LLMSynthesiser:
                 )
             if answer.text:
                 return answer
-            why = "it wrote nothing"
+            usage, why = answer.usage, "it wrote nothing"
         except TimeoutError:
             why = "its time was up"
         except AgoraError as e:
             why = str(e)
         note = f"{self._expert.name} could not put the parts together ({why}); they are given as they are"
-        return Answer(text=combine(question, graph, outcomes), expert="sections", notes=(note,))
+        return Answer(text=combine(question, graph, outcomes), expert="sections", usage=usage, notes=(note,))
 
 
 def synthesis_prompt(question: str, graph: TaskGraph, outcomes: Mapping[str, Outcome]) -> str:

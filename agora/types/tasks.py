@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
@@ -14,6 +14,13 @@ from agora.types.words import ID, Modality, checked_question, to_plain
 
 MAX_SUBTASKS: Final = 256
 """Subtasks in one task graph. Eight times the largest plan of the benchmarks; a planner gone wild hits it early."""
+
+
+MOST: Final = sys.float_info.max
+"""The largest finite number: more seconds or money are a mistake."""
+
+MAX_TOKENS: Final = 10**9
+"""More than any context or budget; a larger number is a mistake, and some stores and servers could not hold it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +50,8 @@ class Subtask:
             checked_question(self.question, what=f"question of subtask {self.id!r}")
         except InvalidRequest as e:
             raise InvalidPlan(e.message, hint=e.hint) from None
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidPlan(f"max_tokens of subtask {self.id!r} is {self.max_tokens}; it must be ≥ 1")
+        if self.max_tokens is not None and not 1 <= self.max_tokens <= MAX_TOKENS:
+            raise InvalidPlan(f"max_tokens of subtask {self.id!r} is {self.max_tokens}; allowed: 1 to {MAX_TOKENS}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,5 +181,12 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("deadline_s", "cost", "tokens"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InvalidRequest(f"budget {name} is {value}; it must be a positive number, or absent for no limit")
+            kinds = (int,) if name == "tokens" else (int, float)
+            if value is None:
+                continue
+            most = MAX_TOKENS if name == "tokens" else MOST
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
+                what = f"whole number, at most {most}" if name == "tokens" else "number"
+                raise InvalidRequest(
+                    f"budget {name} is {value!r}; it must be a positive {what}, or absent for no limit"
+                )

@@ -81,6 +81,18 @@ def test_a_failed_run_keeps_its_reason() -> None:
     assert state.status is Status.FAILED and state.error == "disk full"
 
 
+def test_a_second_leg_begins_anew_what_was_not_answered() -> None:
+    """Killed during b's second attempt; the next leg's first attempt answers."""
+    first = fold([*STORY[:7], ended("b", 1, BAD, final=False), started("b", 2)])
+    failed = apply(first, RunFailed(run="r", at=5, code="store", message="disk full"))
+    for state in (first, failed):
+        again = apply(state, RunStarted(run="r", at=10, question="q"))
+        assert again.status is Status.RUNNING and again.error is None
+        assert again.subtasks["a"].status is Status.DONE and again.subtasks["b"].status is Status.WAITING
+        again = apply(apply(again, started("b", 1)), ended("b", 1, GOOD))
+        assert again.subtasks["b"].status is Status.DONE
+
+
 @given(st.lists(st.integers(0, len(STORY) - 1), max_size=30))
 def test_telling_events_again_changes_nothing(again: list[int]) -> None:
     whole = fold(STORY)

@@ -26,6 +26,9 @@ def asked(question: str, *answers: str) -> str:
         ("Tell me about #t1.", ["Paris"], "Tell me about Paris."),
         ("Is #t1 larger than #t2?", ["Rome", "Oslo"], "Is Rome larger than Oslo?"),
         ("Compare them (#t1; #t2).", ["Rome", "Oslo"], "Compare them (Rome; Oslo)."),
+        ("Is #t1-based or #t1.Then?", ["Rome"], "Is Rome-based or Rome.Then?"),
+        ("He (#t1) saw #t2.", ["issue #t2", "Oslo"], "He (issue #t2) saw Oslo."),
+        ("Where is #t1?", ["..."], "Where is ...?"),
         ("Is #t10 a tag and #t1 not?", ["Rome"], "Is #t10 a tag and Rome not?"),
     ],
 )
@@ -58,6 +61,11 @@ def test_short_and_long_mixed() -> None:
 def test_what_is_passed_on_is_bounded() -> None:
     text = asked("And now?", "x" * (10 * MAX_INPUT_CHARS))
     assert len(text) < MAX_INPUT_CHARS + 200 and "[…]" in text
+
+
+def test_many_inputs_share_what_may_be_passed_on() -> None:
+    text = asked("Sum it all up.", *["x" * MAX_INPUT_CHARS] * 200)
+    assert len(text) < 60_000
 
 
 def test_questions_for_people() -> None:
