@@ -63,6 +63,10 @@ MAX_PARALLEL: Final = 16
 """Subtasks of one run asked at the same time: the batch size at which `local` reaches its full speed on a CPU."""
 
 
+PLANNING_SHARE: Final = 0.5
+"""Share of the time to the deadline that a planner is told it has. A planning model that hangs is then replaced by the
+rules while there is as much time left to answer."""
+
 LEAST_CONCURRENCY: Final = 2
 """LangGraph's `max_concurrency` below which a run cannot move: one place is its own, one is for a subtask."""
 
@@ -388,7 +392,8 @@ class _Run:
 async def _plan(run: _Run) -> dict[str, Any]:
     try:
         async with asyncio.timeout(run.left):
-            plan = await run.how.planner.plan(run.question, timeout_s=run.left, budget=run.budget)
+            share = None if run.left is None else run.left * PLANNING_SHARE
+            plan = await run.how.planner.plan(run.question, timeout_s=share, budget=run.budget)
     except TimeoutError:
         raise DeadlineExceeded(
             f"the deadline of {run.budget.deadline_s:g} s passed while planning", hint="give it more time"

@@ -216,6 +216,14 @@ async def test_a_planner_that_hangs_meets_the_deadline() -> None:
 
 
 @pytest.mark.looptime
+async def test_a_planning_model_that_hangs_leaves_time_to_answer() -> None:
+    graph = horizontal(Square([expert("one", FakeBackend("fine"))]), planner=LLMPlanner(FakeBackend(Hang())))
+    result = await run(graph, "What is a loan?", budget=Budget(deadline_s=10))
+    assert result.text == "fine" and result.planner == "rules" and result.notes
+    assert result.seconds == pytest.approx(5, abs=0.2)
+
+
+@pytest.mark.looptime
 async def test_no_more_than_max_parallel_at_once_and_waiting_for_inputs_takes_no_place() -> None:
     backend = timed({"a": 2, "b": 2, "c": 2, "d": 2})
     most = 0
