@@ -105,11 +105,11 @@ class Reply:
         try:
             async with self._patience.wait(first=first):
                 piece = await self._response.content.readany()
-        except (aiohttp.ClientError, OSError) as e:
+        except (aiohttp.ClientError, OSError):
             if self._closing.is_set():
                 raise Unavailable("the backend was closed", backend=self._backend) from None
             raise BadReply(
-                f"the connection broke after {self._size:,} bytes of the reply ({type(e).__name__})",
+                f"the connection broke after {self._size:,} bytes of the reply",
                 backend=self._backend,
             ) from None
         self._size += len(piece)

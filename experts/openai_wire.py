@@ -22,8 +22,12 @@ COMPLETIONS: Final = "completions"
 CHARS_PER_TOKEN: Final = 4
 """For servers that count no tokens: OpenAI's rule of thumb for English text."""
 
-SHOWN_CHARS: Final = 200
+SHOWN_CHARS: Final = 80
 """Characters of a bad reply that its error shows."""
+
+MAX_COUNTED_TOKENS: Final = 10**9
+"""Larger counts are not believed: no model reads or writes a billion tokens in one request, and sums of such counts
+must fit into the 64 bits of a run's checkpoint."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -146,10 +150,14 @@ def usage_of(reply: Mapping[str, Any]) -> Usage | None:
     if not isinstance(usage, Mapping):
         return None
     counts = [usage.get("prompt_tokens"), usage.get("completion_tokens", 0)]
-    prompt, completion = (c if isinstance(c, int) and not isinstance(c, bool) and c >= 0 else None for c in counts)
+    prompt, completion = (c if _is_count(c) else None for c in counts)
     if prompt is None or completion is None:
         return None
     return Usage(prompt_tokens=prompt, completion_tokens=completion, calls=1)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNTED_TOKENS
 
 
 def estimated_tokens(text: str) -> int:

@@ -349,3 +349,22 @@ def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_cache_dir().is_relative_to(tmp_path)
     assert default_cache_dir().parts[-2:] == ("agora", "models")
+
+
+def test_a_folder_of_ones_own_is_checked_and_never_fetched(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store()
+    mine = tmp_path / "mine"
+    shutil.copytree(store.pull("tiny"), mine)
+    assert store.pull(str(mine)) == mine.resolve() == store.verify(str(mine))
+    (mine / "config.json").unlink()
+    for check in (store.pull, store.verify):
+        with pytest.raises(ModelError, match=r"mine is a folder on this machine, and damaged: .*config.json") as error:
+            check(str(mine))
+        assert "agora models pull" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\x00b"])
+def test_no_name_is_no_model(make_store: MakeStore, name: str) -> None:
+    for find in (make_store().path, make_store().pull, make_store().verify):
+        with pytest.raises(ModelError, match="is no model"):
+            find(name)

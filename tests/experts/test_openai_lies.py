@@ -512,8 +512,9 @@ async def test_no_tls_where_tls_is_asked_for() -> None:
     async with await asyncio.start_server(plain, "127.0.0.1", 0) as listening, AsyncExitStack() as stack:
         backend = OpenAIBackend(f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}", "base")
         stack.push_async_callback(backend.aclose)
-        with pytest.raises(Unavailable, match="no secure connection"):
+        with pytest.raises(Unavailable, match="no secure connection") as error:
             await backend.generate(ask())
+        assert not LIBRARY_WORDS.search(str(error.value)), str(error.value)
 
 
 async def test_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,3 +604,49 @@ async def test_false_model_lists(server: RawServer, connect: Connect, body: Any,
 async def test_probe_without_a_context_length_changes_nothing(server: RawServer, connect: Connect) -> None:
     server.acts = [say(answer({"data": [{"id": "base", "max_model_len": -1}, {"id": 7}, "x"]}))]
     assert await connect().probe() == VLLM
+
+
+LIBRARY_WORDS = re.compile(r"ssl:|Client[A-Z]|Expected HTTP|RTSP|aiohttp|\[Errno|\[SSL")
+"""What the libraries below say in their own errors."""
+
+
+async def test_errors_are_in_the_users_words(server: RawServer, connect: Connect) -> None:
+    server.acts = [say(b"SSH-2.0-OpenSSH_9.6\r\n", close=True)]
+    with pytest.raises(BadReply, match="what came is not valid HTTP") as garbage:
+        await connect().generate(ask())
+    server.acts = [say(b"", reset=True)] * 3
+    with pytest.raises(Unavailable, match="no reply from") as cut:
+        await connect().generate(ask())
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        backend = OpenAIBackend(f"http://127.0.0.1:{unused.getsockname()[1]}", "base", retry=Retry(tries=1))
+        with pytest.raises(Unavailable, match="/v1: Connection refused") as refused:
+            await backend.generate(ask())
+        await backend.aclose()
+    for error in (garbage, cut, refused):
+        assert not LIBRARY_WORDS.search(str(error.value)), str(error.value)
+
+
+async def test_a_servers_words_are_shown_escaped_and_cut(server: RawServer, connect: Connect) -> None:
+    server.acts = [
+        say(
+            b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: 38\r\n\r\n"
+            + b'{"error": {"message": "a\\u001b[2Jbc"}}'
+        )
+    ]
+    with pytest.raises(Rejected, match=r"HTTP 400: a\\x1b\[2Jbc"):
+        await connect().generate(ask())
+    server.acts = [say(answer(b"\x07" + b"z" * 10_000))]
+    with pytest.raises(BadReply) as error:
+        await connect().generate(ask())
+    assert "\\x07" in str(error.value)
+    assert "\x07" not in str(error.value)
+    assert 70 <= str(error.value).count("z") <= 80
+
+
+@pytest.mark.parametrize("count", [10**26, 10**9 + 1, -1, True, "7", 7.5, None])
+async def test_counts_that_cannot_be_are_estimated_instead(server: RawServer, connect: Connect, count: object) -> None:
+    server.acts = [say(answer({**whole("four"), "usage": {"prompt_tokens": count, "completion_tokens": 3}}))]
+    usage = (await connect().generate(ask())).usage
+    assert usage.completion_tokens == 1  # four characters
+    assert 0 < usage.prompt_tokens < 100

@@ -1,0 +1,195 @@
+"""A run from the command line: opened, watched, written down, told. Shared by `ask`, `runs resume` and `demo`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rich.live import Live
+from rich.text import Text
+
+from agora.cli.invocation import ExitCode, Invocation
+from agora.cli.progress import pulls
+from agora.cli.view import answer_text, lines, render, signs_for, summary
+from agora.config import Config
+from agora.errors import InvalidRequest, RunNotFound, StoreError
+from agora.events import Event, RunState, apply
+from agora.types import Budget, RunResult
+
+if TYPE_CHECKING:
+    from graphs.build import Graph
+    from graphs.store import RunStore
+
+DRAWS_PER_S = 8
+"""How often the live view is drawn: the eye sees it move, a slow terminal keeps up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What to run.
+
+    Attributes:
+        config: The configuration.
+        question: What to answer.
+        run_id: The run's id.
+        budget: What it may spend.
+        pull: Whether missing models may be fetched.
+        go_on: Whether it was begun before, and finished subtasks are not to be asked again.
+    """
+
+    config: Config
+    question: str
+    run_id: str
+    budget: Budget
+    pull: bool = True
+    go_on: bool = False
+
+
+@asynccontextmanager
+async def opened(
+    invocation: Invocation, config: Config, *, pull: bool, checkpointer: Any = None
+) -> AsyncIterator[Graph]:
+    """The graph that the configuration describes, with its experts opened; closed again afterwards.
+
+    Raises:
+        AgoraError: If something in it cannot be opened.
+    """
+    from experts.build import open_square
+    from graphs.build import build_graph, open_router
+
+    async with AsyncExitStack() as stack:
+        with pulls(invocation) as view:
+            view.doing("opening the experts")
+            square = await open_square(config, pull=pull, progress=view)
+            stack.push_async_callback(square.aclose)
+            routing = await stack.enter_async_context(open_router(config, pull=pull, progress=view))
+        yield build_graph(config, square, routing=routing, checkpointer=checkpointer)
+
+
+async def execute(invocation: Invocation, order: Order, store: RunStore | None) -> RunResult:
+    """Runs an order that is already written down in the store, and writes down how it ended.
+
+    A result that cannot be written down says so in its notes.
+
+    Raises:
+        AgoraError: If there is no result.
+    """
+    if store is not None:
+        invocation.run = order.run_id
+    try:
+        result = await _run(invocation, order, store)
+    except asyncio.CancelledError:
+        if store is not None:
+            try:
+                await store.interrupt(order.run_id)
+            except StoreError as e:
+                invocation.note(f"and this could not be written down: {e}", keep=True)
+            invocation.note(f"interrupted; go on with: agora runs resume {order.run_id}")
+        raise
+    except BaseException as e:
+        if store is not None:
+            try:
+                await store.finish(order.run_id, error=str(e) or type(e).__name__)
+            except StoreError as also:
+                invocation.note(f"and this could not be written down: {also}", keep=True)
+        raise
+    if store is not None:
+        try:
+            await store.finish(order.run_id, result=result)
+        except StoreError as e:
+            # The answer is there: it is shown, whatever becomes of the record.
+            return replace(result, notes=(*result.notes, f"the result could not be written down: {e}"))
+        invocation.finished = True
+    return result
+
+
+async def _run(invocation: Invocation, order: Order, store: RunStore | None) -> RunResult:
+    from graphs.run import run
+
+    checkpointer = store.checkpointer if store is not None else None
+    async with opened(invocation, order.config, pull=order.pull, checkpointer=checkpointer) as graph:
+        with watching(invocation) as on_event:
+            if order.go_on and (result := await _go_on(graph, order.run_id, on_event)) is not None:
+                return result
+            return await run(graph, order.question, run_id=order.run_id, budget=order.budget, on_event=on_event)
+
+
+async def _go_on(graph: Graph, run_id: str, on_event: Callable[[Event], None]) -> RunResult | None:
+    """Resumes a run from its checkpoint; None if it was stopped before its first one."""
+    from graphs.run import resume
+
+    try:
+        return await resume(graph, run_id, on_event=on_event)
+    except RunNotFound:
+        return None
+    except InvalidRequest:
+        # Stopped after its last checkpoint and before its result was written down: the checkpoint has the result.
+        state = await graph.aget_state({"configurable": {"thread_id": run_id}})
+        if state.next or "result" not in state.values:
+            raise
+        return RunResult.from_dict(state.values["result"])
+
+
+@contextmanager
+def watching(invocation: Invocation) -> Iterator[Callable[[Event], None]]:
+    """Shows events as they come: a live tree in a terminal, plain lines on stderr elsewhere, nothing under `--json`."""
+    if invocation.json:
+        yield lambda event: None
+        return
+    if not invocation.out.is_terminal:
+
+        def tell(event: Event) -> None:
+            for line in lines(event):
+                invocation.err.print(Text(line), soft_wrap=True)
+
+        yield tell
+        return
+    state = RunState()
+    signs = signs_for(invocation.out.encoding)
+
+    def fold(event: Event) -> None:
+        nonlocal state
+        state = apply(state, event)
+
+    with Live(
+        get_renderable=lambda: render(state, now=time.time(), signs=signs),
+        console=invocation.out,
+        refresh_per_second=DRAWS_PER_S,
+    ):
+        yield fold
+
+
+def tell_result(invocation: Invocation, result: RunResult) -> ExitCode:
+    """Prints what a run came to."""
+    if invocation.json:
+        invocation.print_json(result.to_dict())
+    else:
+        if invocation.out.is_terminal:
+            invocation.say()
+        invocation.say(Text(answer_text(result)))
+        invocation.say()
+        for note in result.notes:
+            invocation.say(Text(f"note: {' '.join(note.split())}", style="yellow"))
+        signs = signs_for(invocation.out.encoding)
+        invocation.say(Text(summary(result, signs=signs), style="dim"))
+    return ExitCode.OK if result.complete else ExitCode.PARTIAL
+
+
+async def run_and_tell(invocation: Invocation, order: Order, *, stored: bool) -> ExitCode:
+    """Runs a new order, written down before anything else if `stored`, and prints its result.
+
+    Raises:
+        AgoraError: If there is no result.
+    """
+    from graphs.store import RunStore
+
+    if not stored:
+        return tell_result(invocation, await execute(invocation, order, None))
+    async with RunStore.open(order.config.store.where) as store:
+        config = order.config
+        await store.create(order.run_id, order.question, graph=config.graph.name, config_path=config.file)
+        return tell_result(invocation, await execute(invocation, order, store))

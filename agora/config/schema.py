@@ -1,0 +1,330 @@
+"""What may stand in `agora.toml`: one class for each table, checked by pydantic.
+
+The classes say which keys there are, of which type and within which limits. What needs more than one table to be
+checked (an expert's node, a node's model) is in `agora.config.load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from agora.config.values import (
+    AdapterName,
+    AnyTier,
+    Count,
+    Database,
+    Device,
+    FilePath,
+    Name,
+    NotNegative,
+    Positive,
+    Source,
+    Text,
+    Texts,
+    Url,
+    Variable,
+)
+from agora.types import MAX_SUBTASKS, Modality, Subtask, TaskGraph, Tier
+
+DEFAULT_PORT: Final = 8711
+"""Port of the gateway: registered for nothing, beside none of the usual model servers (8000, 8080, 11434)."""
+
+DEFAULT_MAX_TOKENS: Final = 192
+"""Tokens of one answer: ~150 words, 14 s of the smallest packaged model on two CPU cores, alone or with four others."""
+
+
+class Table(BaseModel):
+    """A table of the file: unknown keys refused, values of the wrong type refused rather than converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ServerConfig(Table):
+    """`[server]`: where agora listens.
+
+    Attributes:
+        host: Address to bind to; 127.0.0.1 is reachable from this machine only.
+        port: TCP port.
+    """
+
+    host: Text = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = DEFAULT_PORT
+
+
+class ModelConfig(Table):
+    """`[models.NAME]`: weights that run in this process.
+
+    Attributes:
+        source: An alias of the catalogue (`agora models list`), a folder with safetensors (`./NAME`), or a hub id.
+        dtype: Number format of the weights in memory; absent for float32.
+        max_batch: Most requests decoded together.
+        max_queue: Most requests waiting; further ones are refused as overloaded.
+        max_context: Tokens of prompt and answer together, where less than the model's own limit is wanted.
+        threads: CPU threads of one operation; absent for torch's own choice.
+        device: `cpu`, `cuda`, `cuda:1`, …
+    """
+
+    source: Source
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_batch: Count | None = None
+    max_queue: Annotated[int, Field(ge=0)] | None = None
+    max_context: Annotated[int, Field(ge=2)] | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    device: Device | None = None
+
+
+class LocalNode(Table):
+    """`[nodes.NAME]` with `kind = "local"`: a model in this process."""
+
+    kind: Literal["local"]
+    model: Name
+    tier: AnyTier = Tier.END
+
+
+class CapabilitiesConfig(Table):
+    """What a server can do beyond the ordinary; absent for what its kind claims by itself."""
+
+    chat: bool | None = None
+    completion: bool | None = None
+    score: bool | None = None
+    logprobs: bool | None = None
+    json_schema: bool | None = None
+    seed: bool | None = None
+    adapters: bool | None = None
+    max_context: Count | None = None
+
+
+class OpenAINode(Table):
+    """`[nodes.NAME]` with `kind = "openai"`: an OpenAI-compatible server.
+
+    Attributes:
+        kind: `openai`.
+        url: Base URL, up to and including `/v1`.
+        model: The server's name for its model.
+        api_key_env: Name of the environment variable that holds the API key.
+        tier: Where it stands.
+        server: What kind of server it is, which tells what it can do; absent for one that can chat and no more.
+        connect_timeout_s: Seconds for opening a connection.
+        first_token_timeout_s: Seconds until the first token of a stream.
+        timeout_s: Seconds for a whole request.
+        max_tokens_field: `max_completion_tokens` for servers whose reasoning models refuse `max_tokens`.
+        max_running: Most requests sent to it at once; absent for any number.
+        max_waiting: Most requests waiting for that; further ones are refused as overloaded.
+        capabilities: What it can do in particular, where that differs from what `server` tells.
+    """
+
+    kind: Literal["openai"]
+    url: Url
+    model: Text
+    api_key_env: Variable | None = None
+    tier: AnyTier = Tier.CLOUD
+    server: Literal["openai", "vllm"] | None = None
+    connect_timeout_s: Positive | None = None
+    first_token_timeout_s: Positive | None = None
+    timeout_s: Positive | None = None
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] | None = None
+    max_running: Count | None = None
+    max_waiting: Annotated[int, Field(ge=0)] | None = None
+    capabilities: CapabilitiesConfig = CapabilitiesConfig()
+
+    @property
+    def adapters(self) -> bool:
+        """Whether it claims to answer with adapters."""
+        claimed = self.capabilities.adapters
+        return self.server == "vllm" if claimed is None else claimed
+
+
+class FakeNode(Table):
+    """`[nodes.NAME]` with `kind = "fake"`: no model, scripted answers, for trying things out.
+
+    Attributes:
+        kind: `fake`.
+        reply: What it always answers; absent to repeat the question.
+        replies: Answers by a piece of the question; the first piece that occurs counts, else `reply`.
+        latency_s: Seconds before each answer.
+        seconds_per_token: Seconds for each word of an answer.
+        fail: What happens in place of an answer.
+        fail_first: With `fail`: only the first so many requests fail; absent for all.
+        max_running: Most requests answered at once; absent for any number.
+        max_waiting: Most requests waiting for that; further ones are refused as overloaded.
+        tier: Where it pretends to stand.
+        capabilities: What it claims.
+    """
+
+    kind: Literal["fake"]
+    reply: Text | None = None
+    replies: dict[str, Text] = {}
+    latency_s: NotNegative = 0.0
+    seconds_per_token: NotNegative = 0.0
+    fail: Literal["unavailable", "timeout", "overloaded", "bad_reply", "rejected", "hang"] | None = None
+    fail_first: Count | None = None
+    max_running: Count | None = None
+    max_waiting: Annotated[int, Field(ge=0)] | None = None
+    tier: AnyTier = Tier.END
+    capabilities: CapabilitiesConfig = CapabilitiesConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> FakeNode:
+        if self.fail_first is not None and self.fail is None:
+            raise ValueError("fail_first needs fail: which failure?")
+        return self
+
+
+NodeConfig = Annotated[LocalNode | OpenAINode | FakeNode, Field(discriminator="kind")]
+
+NODE_KINDS: Final[Mapping[str, type[Table]]] = {"local": LocalNode, "openai": OpenAINode, "fake": FakeNode}
+"""The table of each kind of node."""
+
+
+class AdapterConfig(Table):
+    """An expert's LoRA adapter.
+
+    Attributes:
+        name: `name@vN`.
+        folder: Where its safetensors are, for a local node; a server knows its adapters by name.
+    """
+
+    name: AdapterName
+    folder: FilePath | None = None
+
+
+class ExpertConfig(Table):
+    """`[experts.NAME]`: someone who can be asked; either a ready one or described here.
+
+    Attributes:
+        node: Which node answers.
+        ready: Name of a ready expert to start from; the other keys override what it brings.
+        description: What it is good at, one or two sentences.
+        examples: Questions it answers well.
+        keywords: Words of its field.
+        system_prompt: What it is told before every question.
+        adapter: LoRA adapter to answer with.
+        modalities: What it takes.
+        price_per_mtok: Money per million tokens.
+        max_tokens: Most tokens of one answer.
+        temperature: 0 for greedy decoding.
+    """
+
+    node: Name
+    ready: Text | None = None
+    description: Text | None = None
+    examples: Texts | None = None
+    keywords: Texts | None = None
+    system_prompt: Text | None = None
+    adapter: AdapterConfig | None = None
+    modalities: (
+        Annotated[tuple[Annotated[Modality, Field(strict=False)], ...], Field(strict=False, min_length=1)] | None
+    ) = None
+    price_per_mtok: NotNegative = 0.0
+    max_tokens: Count = DEFAULT_MAX_TOKENS
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+
+    @model_validator(mode="after")
+    def _described(self) -> ExpertConfig:
+        if self.ready is None and self.description is None:
+            raise ValueError('needs either ready = "…" (see: agora experts list --ready) or a description')
+        return self
+
+
+class SubtaskConfig(Table):
+    """`[[graph.subtasks]]`: one subtask of a fixed plan; see `agora.types.Subtask`."""
+
+    id: Text
+    question: Text
+    inputs: Texts = ()
+    expert: Name | None = None
+    max_tokens: Count | None = None
+
+
+class GraphConfig(Table):
+    """`[graph]`: how experts reason together.
+
+    Attributes:
+        name: Which graph.
+        planner: Who splits the question into subtasks.
+        planner_expert: The expert that plans, for planner "llm".
+        subtasks: The plan, for planner "static"; `{question}` in them stands for the question.
+        router: Who chooses the expert of a subtask.
+        synthesiser: Who makes one answer of the parts.
+        synthesiser_expert: The expert that does so, for synthesiser "llm".
+        max_parallel: Most subtasks running at once.
+        max_attempts: Most experts tried for one subtask.
+        deadline_s: Seconds for a whole run; absent for no limit.
+        cost: Most money for a run.
+        tokens: Most tokens for a run.
+    """
+
+    name: Text = "horizontal"
+    planner: Text = "rules"
+    planner_expert: Name | None = None
+    subtasks: Annotated[tuple[SubtaskConfig, ...], Field(strict=False, max_length=MAX_SUBTASKS)] = ()
+    router: Text = "embedding"
+    synthesiser: Text = "sections"
+    synthesiser_expert: Name | None = None
+    max_parallel: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+    deadline_s: Positive | None = None
+    cost: Positive | None = None
+    tokens: Count | None = None
+
+    @property
+    def plan(self) -> TaskGraph | None:
+        """The fixed plan, or None if there are no `subtasks`.
+
+        Raises:
+            InvalidPlan: If they do not make a valid task graph.
+        """
+        if not self.subtasks:
+            return None
+        return TaskGraph(tuple(Subtask(**dict(s)) for s in self.subtasks))
+
+
+class StoreConfig(Table):
+    """`[store]`: where runs are kept.
+
+    Attributes:
+        path: SQLite file; absent for `runs.sqlite` in the user's data folder.
+        url: PostgreSQL server instead (extra `postgres`), without a password.
+    """
+
+    path: FilePath | None = None
+    url: Database | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StoreConfig:
+        if self.path is not None and self.url is not None:
+            raise ValueError("has both path and url; leave one out")
+        return self
+
+    @property
+    def where(self) -> Path | str:
+        """The server's URL, or else the SQLite file, default filled in."""
+        return self.url or self.path or platformdirs.user_data_path("agora") / "runs.sqlite"
+
+
+class Config(Table):
+    """The whole of `agora.toml`, validated."""
+
+    server: ServerConfig = ServerConfig()
+    models: dict[Name, ModelConfig] = {}
+    nodes: dict[Name, NodeConfig] = {}
+    experts: dict[Name, ExpertConfig] = {}
+    graph: GraphConfig = GraphConfig()
+    store: StoreConfig = StoreConfig()
+
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """The file this was read from; None for the built-in configuration."""
+        return self._file
+
+    @property
+    def origin(self) -> str:
+        """What to call this configuration in messages."""
+        return str(self._file) if self._file else "the built-in configuration"

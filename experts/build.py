@@ -1,0 +1,141 @@
+"""From a checked configuration to a square: opens every node, and lets the experts in."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TypeVar
+
+from agora.config import Config, NodeConfig, OpenAINode
+from agora.errors import ConfigError
+from agora.protocols import Backend
+from agora.square import Expert, Square
+from agora.types import AdapterRef, ExpertCard, Modality
+from experts.models import ModelStore
+from experts.nodes import OPENERS, OnPull, Opening
+from experts.ready import ready_experts
+
+T = TypeVar("T")
+
+
+def ready_names() -> tuple[str, ...]:
+    """The names that `ready = "…"` may say."""
+    return tuple(ready_experts())
+
+
+async def open_square(
+    config: Config,
+    *,
+    store: ModelStore | None = None,
+    pull: bool = False,
+    progress: OnPull | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Square:
+    """Opens all nodes that experts are on, at the same time, and lets the experts in.
+
+    Args:
+        config: What `load_config` returned.
+        store: Where models are; the user's if None.
+        pull: Whether models that are not on this machine may be fetched.
+        progress: Told how far each fetch is, from the fetching threads.
+        environment: Where API keys are looked up; that of the process if None.
+
+    Returns:
+        The square. Closing it closes the nodes.
+
+    Raises:
+        ConfigError: If the configuration names what is not there: a ready expert, an environment variable.
+        ModelError: If a model cannot be found, fetched or loaded.
+        AdapterError: If an adapter cannot be loaded.
+    """
+    opening = Opening(
+        config=config,
+        store=store if store is not None else await asyncio.to_thread(ModelStore),
+        pull=pull,
+        on_pull=progress,
+        environment=os.environ if environment is None else environment,
+    )
+    cards = expert_cards(config)
+    _check_keys(opening)
+    used = dict.fromkeys(e.node for e in config.experts.values())
+    backends = await _open_all({n: config.nodes[n] for n in used}, opening)
+    return Square([_expert(config, card, backends[config.experts[card.name].node]) for card in cards])
+
+
+def expert_cards(config: Config) -> tuple[ExpertCard, ...]:
+    """The cards of the configured experts; no node is opened.
+
+    Raises:
+        ConfigError: If one stands on a ready expert that does not exist.
+    """
+    ready = {name: r.card for name, r in ready_experts().items()}
+    unknown = [f'experts.{n}.ready = "{e.ready}"' for n, e in config.experts.items() if e.ready not in (None, *ready)]
+    if unknown:
+        raise ConfigError(f"{config.origin}: {', '.join(unknown)}: allowed: {', '.join(ready)}")
+    cards = []
+    for name, e in config.experts.items():
+        base = ready[e.ready] if e.ready is not None else None
+        cards.append(
+            ExpertCard(
+                name=name,
+                description=e.description or (base.description if base else ""),
+                examples=_first(e.examples, base.examples if base else ()),
+                keywords=_first(e.keywords, base.keywords if base else ()),
+                tier=config.nodes[e.node].tier,
+                modalities=_first(e.modalities, base.modalities if base else (Modality.TEXT,)),
+                price_per_mtok=e.price_per_mtok,
+                max_tokens=e.max_tokens,
+            )
+        )
+    return tuple(cards)
+
+
+def system_prompt_of(config: Config, name: str) -> str | None:
+    """What a configured expert is told before every question."""
+    e = config.experts[name]
+    if e.system_prompt is not None or e.ready is None:
+        return e.system_prompt
+    return ready_experts()[e.ready].system_prompt
+
+
+async def _open_all(nodes: Mapping[str, NodeConfig], opening: Opening) -> dict[str, Backend]:
+    tasks = {n: asyncio.ensure_future(OPENERS[node.kind](n, node, opening)) for n, node in nodes.items()}
+    try:
+        await asyncio.gather(*tasks.values())
+    except BaseException:
+        # Also when cancelled: what has been opened, or is just being opened, is closed again.
+        for t in tasks.values():
+            t.cancel()
+        opened = await asyncio.gather(*tasks.values(), return_exceptions=True)
+        await asyncio.gather(*(b.aclose() for b in opened if not isinstance(b, BaseException)))
+        raise
+    return {n: t.result() for n, t in tasks.items()}
+
+
+def _check_keys(opening: Opening) -> None:
+    """All missing API keys at once, before anything is opened."""
+    missing = []
+    for name in dict.fromkeys(e.node for e in opening.config.experts.values()):
+        node = opening.config.nodes[name]
+        if isinstance(node, OpenAINode) and node.api_key_env and not opening.environment.get(node.api_key_env):
+            missing.append(f"nodes.{name}.api_key_env: the environment variable {node.api_key_env} is not set")
+    if missing:
+        raise ConfigError(f"{opening.config.origin}: {'; '.join(missing)}", hint="set it to the server's API key")
+
+
+def _expert(config: Config, card: ExpertCard, backend: Backend) -> Expert:
+    e = config.experts[card.name]
+    return Expert(
+        card=dataclasses.replace(card, context_tokens=backend.capabilities.max_context),
+        backend=backend,
+        system_prompt=system_prompt_of(config, card.name),
+        adapter=AdapterRef.parse(e.adapter.name) if e.adapter else None,
+        temperature=e.temperature,
+        node=e.node,
+    )
+
+
+def _first(chosen: T | None, otherwise: T) -> T:
+    return otherwise if chosen is None else chosen
