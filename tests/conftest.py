@@ -1,6 +1,10 @@
 """For all tests."""
 
 import asyncio
+import os
+
+# Before torch is loaded: its threads spin for each other for less, which a busy test machine needs; see agora.cli.app.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 
