@@ -1,0 +1,412 @@
+"""One run over a task graph: plan, two rounds of subtasks, one answer, in a form that can be resumed.
+
+LangGraph matches recorded results to calls by the order of the calls. So all subtasks are called at once, in
+topological order, and each awaits its inputs inside its body: the position in that order is its identity, whatever
+the timing. Failures that may pass are asked again in a second round, in which again all subtasks are called and those
+that need nothing return at once. Every record carries its subtask's id, which is checked when it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, NoReturn, TypedDict
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.func import task
+from langgraph.types import StreamWriter
+
+from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest, StoreError
+from agora.events import AttemptEnded, AttemptStarted, Planned, RunFinished, RunStarted, Synthesising
+from agora.types import (
+    Answer,
+    Attempt,
+    Budget,
+    Failure,
+    Outcome,
+    RunResult,
+    Subtask,
+    TaskGraph,
+    Usage,
+    attempt_from_dict,
+    attempt_to_dict,
+    checked_question,
+    outcome_from_dict,
+    outcome_to_dict,
+    to_plain,
+)
+from graphs.crew import Crew, missing_input
+from graphs.plan import Plan, Planner
+from graphs.render import plain_question, render
+from graphs.spend import Spend
+from graphs.synthesise import SectionsSynthesiser, Synthesiser, answered, combine, synthesis_prompt
+
+log = logging.getLogger(__name__)
+
+PLANNING_SHARE: Final = 0.5
+"""Share of the time to the deadline that a planner is told it has. A planning model that hangs is then replaced by the
+rules while there is as much time left to answer."""
+
+LEAST_CONCURRENCY: Final = 2
+"""LangGraph's `max_concurrency` below which a run cannot move: one place is its own, one is for a subtask."""
+
+REPLAY_TICKS: Final = 8
+"""Turns of the event loop in which recorded results reach the run, before anybody is asked: LangGraph hands them over
+in 4. What was spent before an interruption is thus counted before more is granted."""
+
+
+class Ask(TypedDict, total=False):
+    """What goes into the graph. `budget` may be left out; keys of a larger state are ignored."""
+
+    question: str
+    budget: dict[str, Any]
+
+
+class Answered(TypedDict):
+    """What comes out of the graph: the answer's text, and everything else as `RunResult.to_dict` writes it."""
+
+    answer: str
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """What all runs of one graph share.
+
+    Attributes:
+        crew: Who can be asked, and how they are chosen.
+        planner: Makes the task graph.
+        synthesiser: Makes one answer of the parts.
+        budget: What a run may spend, unless its input says otherwise.
+        max_parallel: Subtasks asked at the same time.
+    """
+
+    crew: Crew
+    planner: Planner
+    synthesiser: Synthesiser
+    budget: Budget
+    max_parallel: int
+
+
+class Run:
+    """One run, or one leg of it if it was resumed. Lives in memory only: what must survive is what the tasks return."""
+
+    def __init__(self, how: How, state: Ask, config: RunnableConfig, writer: StreamWriter) -> None:
+        if not isinstance(state, Mapping) or "question" not in state:
+            raise InvalidRequest("the input needs the key 'question'", hint="invoke with {'question': '…'}")
+        self.how = how
+        self.question = checked_question(state["question"])
+        if (most := config.get("max_concurrency")) is not None and most < LEAST_CONCURRENCY:
+            raise InvalidRequest(
+                f"max_concurrency is {most}: the run itself takes a place, and none would be left for its subtasks",
+                hint="leave it out, and limit subtasks with horizontal(max_parallel=...)",
+            )
+        self.id = str((config.get("configurable") or {}).get("thread_id") or uuid.uuid4().hex)
+        self.budget = _budget(state.get("budget")) or how.budget
+        self.spend = Spend(self.budget)
+        self.started = asyncio.get_running_loop().time()
+        self.deadline = None if self.budget.deadline_s is None else self.started + self.budget.deadline_s
+        self.slots = asyncio.Semaphore(how.max_parallel)
+        self.emit: StreamWriter = writer
+        self.settled: dict[str, asyncio.Future[Outcome]] = {}
+        self.attempts: dict[str, tuple[Attempt, ...]] = {}
+        self.told: set[tuple[str, int]] = set()
+        self.lost: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
+        self.open = asyncio.Event()
+        self.first: dict[str, Outcome] = {}
+        self.order: tuple[Subtask, ...] = ()
+        self.by_id: dict[str, Subtask] = {}
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the deadline, or None."""
+        return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
+
+    async def answer(self) -> Answered:
+        """Runs to the result.
+
+        Raises:
+            AgoraError: If planning fails, or a result cannot be kept or read back.
+        """
+        self.emit(RunStarted(run=self.id, at=time.time(), question=self.question))
+        plan = _plan_from_dict(await _plan(self))
+        self.spend.add(plan.usage)
+        self.order = plan.graph.order
+        self.by_id = {s.id: s for s in self.order}
+        self.emit(Planned(run=self.id, at=time.time(), graph=plan.graph, planner=plan.planner, notes=plan.notes))
+        await self._round(_solve, 1)
+        self.first = {i: many[-1].outcome for i, many in self.attempts.items()}
+        if self._worth_asking_again():
+            await self._round(_solve_again, 2)
+        outcomes = {i: many[-1].outcome for i, many in self.attempts.items()}
+        final = await self._one_answer(plan.graph, outcomes)
+        if self.lost.done():
+            await self.lost
+        result = self._result(plan, outcomes, final)
+        self.emit(RunFinished(run=self.id, at=time.time(), result=result))
+        return Answered(answer=result.text, result=result.to_dict())
+
+    def lose(self, error: Exception) -> None:
+        """A result could not be written down: the run ends now, before anybody else is asked and paid."""
+        if not self.lost.done():
+            self.lost.set_exception(StoreError(f"a result could not be kept: {error}", hint="is the disk full?"))
+
+    async def _round(self, call: Any, number: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.settled = {s.id: loop.create_future() for s in self.order}
+        self.open.clear()
+        calls = []
+        for s in self.order:
+            done: asyncio.Future[dict[str, Any]] = call(self, s.id)
+            # By callback, not one after the other: on resume a recorded result must reach those that wait for it while
+            # an unrelated subtask before it is still running.
+            done.add_done_callback(partial(self._record, s.id, number, len(self.attempts.get(s.id, ()))))
+            calls.append(done)
+        for _ in range(REPLAY_TICKS):
+            await asyncio.sleep(0)
+        self.open.set()
+        everything = asyncio.gather(*calls, *self.settled.values())
+        try:
+            await asyncio.wait({everything, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+            if self.lost.done():
+                await self.lost
+            await everything
+        finally:
+            everything.cancel()
+
+    def _record(self, subtask: str, number: int, earlier: int, done: asyncio.Future[dict[str, Any]]) -> None:
+        if done.cancelled() or done.exception() is not None:
+            return
+        settled = self.settled[subtask]
+        try:
+            record = done.result()
+            if (record["subtask"], record["round"]) != (subtask, number):
+                raise ValueError(f"it is of subtask {record['subtask']!r}, round {record['round']}")
+            many = tuple(attempt_from_dict(a) for a in record["attempts"])
+            outcome = many[-1].outcome if many else self.attempts[subtask][-1].outcome
+        except Exception as e:
+            # Whoever waits for it must not wait for ever.
+            if not settled.done():
+                settled.set_exception(
+                    StoreError(
+                        f"the recorded result of subtask {subtask!r} cannot be read: {e}",
+                        hint="was the run started by another version? Ask the question again",
+                    )
+                )
+            return
+        self.attempts[subtask] = self.attempts.get(subtask, ()) + many
+        if not settled.done():
+            settled.set_result(outcome)
+        for n, attempt in enumerate(many, earlier + 1):
+            if (subtask, n) not in self.told:
+                # This came from the checkpoint: nobody was asked now, but it was spent, and it is told.
+                self.spend.add(attempt.outcome.usage)
+                self._tell_end(subtask, n, attempt, n == earlier + len(many), at=attempt.started_at + attempt.seconds)
+
+    def _worth_asking_again(self) -> frozenset[str]:
+        """Subtasks whose failure may pass, and those that failed for want of them.
+
+        From what the first round recorded alone, never from the time, so that a resumed run comes to the same.
+        """
+        again: set[str] = set()
+        for s in self.order:
+            outcome = self.first[s.id]
+            if isinstance(outcome, Failure) and (outcome.transient or any(i in again for i in s.inputs)):
+                again.add(s.id)
+        return frozenset(again)
+
+    async def solve(self, subtask: Subtask, number: int) -> tuple[Attempt, ...]:
+        """The body of a subtask: wait for the inputs, take a slot, ask. Settles the subtask for those that need it."""
+        await self.open.wait()
+        before = self.attempts.get(subtask.id, ())
+        if number > 1 and subtask.id not in self._worth_asking_again():
+            if not self.settled[subtask.id].done():
+                self.settled[subtask.id].set_result(before[-1].outcome)
+            return ()
+        inputs = {i: await asyncio.shield(self.settled[i]) for i in subtask.inputs}
+        missing = [i for i, o in inputs.items() if isinstance(o, Failure)]
+        if missing:
+            many: tuple[Attempt, ...] = (missing_input(subtask, missing),)
+            self._tell_end(subtask.id, len(before) + 1, many[0], True)
+        else:
+            answers = {i: (self.by_id[i], o) for i, o in inputs.items() if isinstance(o, Answer)}
+            async with self.slots:
+                many = await self.how.crew.solve(
+                    subtask,
+                    render(subtask, answers),
+                    spend=self.spend,
+                    deadline=self.deadline,
+                    on_start=lambda n, expert, why: self._tell_start(subtask.id, len(before) + n, expert, why),
+                    on_end=lambda n, attempt, last: self._tell_end(subtask.id, len(before) + n, attempt, last),
+                )
+        # Before the checkpoint is written: those that wait for this one start a write earlier.
+        self.settled[subtask.id].set_result(many[-1].outcome)
+        return many
+
+    def _tell_start(self, subtask: str, attempt: int, expert: str, why: str) -> None:
+        self.emit(
+            AttemptStarted(
+                run=self.id,
+                at=time.time(),
+                subtask=subtask,
+                position=self._position(subtask),
+                attempt=attempt,
+                expert=expert,
+                why=why,
+            )
+        )
+
+    def _tell_end(self, subtask: str, attempt: int, result: Attempt, final: bool, *, at: float | None = None) -> None:
+        self.told.add((subtask, attempt))
+        self.emit(
+            AttemptEnded(
+                run=self.id,
+                at=time.time() if at is None else at,
+                subtask=subtask,
+                position=self._position(subtask),
+                attempt=attempt,
+                result=result,
+                final=final,
+            )
+        )
+
+    def _position(self, subtask: str) -> int:
+        return self.order.index(self.by_id[subtask])
+
+    async def _one_answer(self, graph: TaskGraph, outcomes: Mapping[str, Outcome]) -> Answer:
+        if not any(isinstance(o, Answer) for o in outcomes.values()):
+            return Answer(text="", expert="nobody")
+        synthesiser = self.how.synthesiser
+        if synthesiser.asks is None:
+            # It asks nobody: nothing that costs or differs on a second try, so nothing to record.
+            return await self.synthesise(graph, outcomes)
+        if len(answered(graph, outcomes)) == 1:
+            return await SectionsSynthesiser().synthesise(self.question, graph, outcomes)
+        self.emit(Synthesising(run=self.id, at=time.time()))
+        answer = outcome_from_dict(await _synthesise(self, graph, outcomes))
+        assert isinstance(answer, Answer)
+        self.spend.add(answer.usage)
+        return answer
+
+    async def synthesise(self, graph: TaskGraph, outcomes: Mapping[str, Outcome]) -> Answer:
+        """The synthesis, within budget and deadline; whatever goes wrong with it, the parts are given as they are."""
+        synthesiser = self.how.synthesiser
+        ask = partial(synthesiser.synthesise, self.question, graph, outcomes)
+        try:
+            if self.left is not None and self.left <= 0 and synthesiser.asks is not None:
+                raise DeadlineExceeded("the run's deadline passed before they could be put together")
+            async with asyncio.timeout(None if self.left is None else max(0.0, self.left)):
+                if synthesiser.asks is None:
+                    return await ask()
+                expert = synthesiser.asks
+                chars = len(synthesis_prompt(self.question, graph, outcomes)) + len(expert.system_prompt or "")
+                async with self.spend.grant(expert.card, chars, None) as most:
+                    return await ask(max_tokens=most, timeout_s=self.left)
+        except TimeoutError:
+            why = "the run's deadline passed while they were put together"
+        except AgoraError as e:
+            why = e.message
+        except Exception as e:
+            log.exception("synthesiser %s failed", synthesiser.name)
+            why = f"{synthesiser.name} failed: {type(e).__name__}: {e}"
+        note = f"the parts are given as they are: {why}"
+        return Answer(text=combine(self.question, graph, outcomes), expert="sections", notes=(note,))
+
+    def _result(self, plan: Plan, outcomes: Mapping[str, Outcome], final: Answer) -> RunResult:
+        missing = tuple(s.id for s in self.order if isinstance(outcomes[s.id], Failure))
+        return RunResult(
+            run=self.id,
+            question=self.question,
+            text=_with_what_is_missing(final.text, self.by_id, outcomes, missing),
+            graph=plan.graph,
+            planner=plan.planner,
+            attempts={s.id: self.attempts[s.id] for s in self.order},
+            missing=missing,
+            notes=(*plan.notes, *self._cut_short(outcomes), *final.notes),
+            usage=self.spend.spent,
+            seconds=asyncio.get_running_loop().time() - self.started,
+        )
+
+    def _cut_short(self, outcomes: Mapping[str, Outcome]) -> list[str]:
+        return [f"{s.id}: {n}" for s in self.order if isinstance(o := outcomes[s.id], Answer) for n in o.notes]
+
+
+@task
+async def _plan(run: Run) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(run.left):
+            share = None if run.left is None else run.left * PLANNING_SHARE
+            plan = await run.how.planner.plan(run.question, timeout_s=share, budget=run.budget)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"the deadline of {run.budget.deadline_s:g} s passed while planning", hint="give it more time"
+        ) from None
+    except AgoraError:
+        raise
+    except Exception as e:
+        raise AgoraError(
+            f"planner {run.how.planner.name!r} failed: {type(e).__name__}: {e}", hint="a planner raises AgoraError only"
+        ) from e
+    return {
+        "graph": plan.graph.to_dict(),
+        "planner": plan.planner,
+        "notes": list(plan.notes),
+        "usage": to_plain(plan.usage),
+    }
+
+
+def _plan_from_dict(plain: Mapping[str, Any]) -> Plan:
+    return Plan(
+        graph=TaskGraph.from_dict(plain["graph"]),
+        planner=plain["planner"],
+        notes=tuple(plain["notes"]),
+        usage=Usage(**plain["usage"]),
+    )
+
+
+@task
+async def _solve(run: Run, subtask: str) -> dict[str, Any]:
+    return _recorded(subtask, 1, await run.solve(run.by_id[subtask], 1))
+
+
+@task
+async def _solve_again(run: Run, subtask: str) -> dict[str, Any]:
+    return _recorded(subtask, 2, await run.solve(run.by_id[subtask], 2))
+
+
+def _recorded(subtask: str, number: int, many: tuple[Attempt, ...]) -> dict[str, Any]:
+    return {"subtask": subtask, "round": number, "attempts": [attempt_to_dict(a) for a in many]}
+
+
+@task
+async def _synthesise(run: Run, graph: TaskGraph, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    return outcome_to_dict(await run.synthesise(graph, outcomes))
+
+
+def _budget(plain: Any) -> Budget | None:
+    if plain is None or isinstance(plain, Budget):
+        return plain
+    try:
+        return Budget(**plain)
+    except (TypeError, OverflowError):
+        raise InvalidRequest(f"budget {plain!r} must be an object with any of deadline_s, cost, tokens") from None
+
+
+def _with_what_is_missing(
+    text: str, by_id: Mapping[str, Subtask], outcomes: Mapping[str, Outcome], missing: Sequence[str]
+) -> str:
+    if not missing:
+        return text
+    lines = [f"- {plain_question(by_id[i], by_id)} ({_reason(outcomes[i])})" for i in missing]
+    if not text:
+        return "No part of this could be answered:\n" + "\n".join(lines)
+    return f"{text}\n\nMissing from this answer:\n" + "\n".join(lines)
+
+
+def _reason(outcome: Outcome) -> str:
+    return outcome.message if isinstance(outcome, Failure) else ""
