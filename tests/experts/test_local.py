@@ -507,6 +507,7 @@ async def test_a_forgotten_backend_lets_go_of_its_thread(tiny_model: Path) -> No
         return not engine_threads()
 
     await until(gone)
+    assert not engine_threads()
 
 
 def test_one_event_loop_after_another(tiny_model: Path) -> None:
