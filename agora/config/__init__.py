@@ -1,21 +1,25 @@
 """agora.toml: its words, its checks, and how it is read."""
 
 from agora.config.load import check_config, default_config, find_config, load_config, parse_config, template
-from agora.config.schema import (
-    AdapterConfig,
+from agora.config.nodes import (
     CapabilitiesConfig,
-    Config,
-    ExpertConfig,
     FakeNode,
-    GraphConfig,
+    LlamaCppNode,
     LocalNode,
-    ModelConfig,
     NodeConfig,
     OpenAINode,
-    ServerConfig,
+    VllmNode,
+)
+from agora.config.schema import (
+    AdapterConfig,
+    Config,
+    ExpertConfig,
+    GraphConfig,
+    ModelConfig,
     StoreConfig,
     SubtaskConfig,
 )
+from agora.config.serving import NeighbourConfig, ServerConfig
 
 __all__ = [
     "AdapterConfig",
@@ -24,13 +28,16 @@ __all__ = [
     "ExpertConfig",
     "FakeNode",
     "GraphConfig",
+    "LlamaCppNode",
     "LocalNode",
     "ModelConfig",
+    "NeighbourConfig",
     "NodeConfig",
     "OpenAINode",
     "ServerConfig",
     "StoreConfig",
     "SubtaskConfig",
+    "VllmNode",
     "check_config",
     "default_config",
     "find_config",

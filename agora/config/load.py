@@ -11,8 +11,9 @@ from typing import Any, Final
 import platformdirs
 from pydantic import ValidationError
 
+from agora.config.nodes import FakeNode, LocalNode, OpenAINode
 from agora.config.problems import Key, Problem, error_of, nearest, problems_of, read_text, shown
-from agora.config.schema import Config, ExpertConfig, FakeNode, LocalNode, OpenAINode
+from agora.config.schema import Config, ExpertConfig
 from agora.errors import ConfigError, InvalidPlan
 
 FILE_NAME: Final = "agora.toml"

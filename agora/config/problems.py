@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from agora.config.schema import NODE_KINDS, Config
+from agora.config.nodes import NODE_KINDS
+from agora.config.schema import Config
 from agora.errors import ConfigError
 
 MAX_PROBLEMS: Final = 20

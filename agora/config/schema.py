@@ -6,16 +6,17 @@ checked (an expert's node, a node's model) is in `agora.config.load`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
+from agora.config.nodes import NodeConfig
+from agora.config.serving import NeighbourConfig, ServerConfig
+from agora.config.table import Table
 from agora.config.values import (
     AdapterName,
-    AnyTier,
     Count,
     Database,
     Device,
@@ -26,34 +27,11 @@ from agora.config.values import (
     Source,
     Text,
     Texts,
-    Url,
-    Variable,
 )
-from agora.types import MAX_SUBTASKS, Modality, Subtask, TaskGraph, Tier
-
-DEFAULT_PORT: Final = 8711
-"""Port of the gateway: registered for nothing, beside none of the usual model servers (8000, 8080, 11434)."""
+from agora.types import MAX_SUBTASKS, Modality, Subtask, TaskGraph
 
 DEFAULT_MAX_TOKENS: Final = 192
 """Tokens of one answer: ~150 words, 14 s of the smallest packaged model on two CPU cores, alone or with four others."""
-
-
-class Table(BaseModel):
-    """A table of the file: unknown keys refused, values of the wrong type refused rather than converted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class ServerConfig(Table):
-    """`[server]`: where agora listens.
-
-    Attributes:
-        host: Address to bind to; 127.0.0.1 is reachable from this machine only.
-        port: TCP port.
-    """
-
-    host: Text = "127.0.0.1"
-    port: Annotated[int, Field(ge=1, le=65535)] = DEFAULT_PORT
 
 
 class ModelConfig(Table):
@@ -76,109 +54,6 @@ class ModelConfig(Table):
     max_context: Annotated[int, Field(ge=2)] | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     device: Device | None = None
-
-
-class LocalNode(Table):
-    """`[nodes.NAME]` with `kind = "local"`: a model in this process."""
-
-    kind: Literal["local"]
-    model: Name
-    tier: AnyTier = Tier.END
-
-
-class CapabilitiesConfig(Table):
-    """What a server can do beyond the ordinary; absent for what its kind claims by itself."""
-
-    chat: bool | None = None
-    completion: bool | None = None
-    score: bool | None = None
-    logprobs: bool | None = None
-    json_schema: bool | None = None
-    seed: bool | None = None
-    adapters: bool | None = None
-    max_context: Count | None = None
-
-
-class OpenAINode(Table):
-    """`[nodes.NAME]` with `kind = "openai"`: an OpenAI-compatible server.
-
-    Attributes:
-        kind: `openai`.
-        url: Base URL, up to and including `/v1`.
-        model: The server's name for its model.
-        api_key_env: Name of the environment variable that holds the API key.
-        tier: Where it stands.
-        server: What kind of server it is, which tells what it can do; absent for one that can chat and no more.
-        connect_timeout_s: Seconds for opening a connection.
-        first_token_timeout_s: Seconds until the first token of a stream.
-        timeout_s: Seconds for a whole request.
-        max_tokens_field: `max_completion_tokens` for servers whose reasoning models refuse `max_tokens`.
-        max_running: Most requests sent to it at once; absent for any number.
-        max_waiting: Most requests waiting for that; further ones are refused as overloaded.
-        capabilities: What it can do in particular, where that differs from what `server` tells.
-    """
-
-    kind: Literal["openai"]
-    url: Url
-    model: Text
-    api_key_env: Variable | None = None
-    tier: AnyTier = Tier.CLOUD
-    server: Literal["openai", "vllm"] | None = None
-    connect_timeout_s: Positive | None = None
-    first_token_timeout_s: Positive | None = None
-    timeout_s: Positive | None = None
-    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] | None = None
-    max_running: Count | None = None
-    max_waiting: Annotated[int, Field(ge=0)] | None = None
-    capabilities: CapabilitiesConfig = CapabilitiesConfig()
-
-    @property
-    def adapters(self) -> bool:
-        """Whether it claims to answer with adapters."""
-        claimed = self.capabilities.adapters
-        return self.server == "vllm" if claimed is None else claimed
-
-
-class FakeNode(Table):
-    """`[nodes.NAME]` with `kind = "fake"`: no model, scripted answers, for trying things out.
-
-    Attributes:
-        kind: `fake`.
-        reply: What it always answers; absent to repeat the question.
-        replies: Answers by a piece of the question; the first piece that occurs counts, else `reply`.
-        latency_s: Seconds before each answer.
-        seconds_per_token: Seconds for each word of an answer.
-        fail: What happens in place of an answer.
-        fail_first: With `fail`: only the first so many requests fail; absent for all.
-        max_running: Most requests answered at once; absent for any number.
-        max_waiting: Most requests waiting for that; further ones are refused as overloaded.
-        tier: Where it pretends to stand.
-        capabilities: What it claims.
-    """
-
-    kind: Literal["fake"]
-    reply: Text | None = None
-    replies: dict[str, Text] = {}
-    latency_s: NotNegative = 0.0
-    seconds_per_token: NotNegative = 0.0
-    fail: Literal["unavailable", "timeout", "overloaded", "bad_reply", "rejected", "hang"] | None = None
-    fail_first: Count | None = None
-    max_running: Count | None = None
-    max_waiting: Annotated[int, Field(ge=0)] | None = None
-    tier: AnyTier = Tier.END
-    capabilities: CapabilitiesConfig = CapabilitiesConfig()
-
-    @model_validator(mode="after")
-    def _fits(self) -> FakeNode:
-        if self.fail_first is not None and self.fail is None:
-            raise ValueError("fail_first needs fail: which failure?")
-        return self
-
-
-NodeConfig = Annotated[LocalNode | OpenAINode | FakeNode, Field(discriminator="kind")]
-
-NODE_KINDS: Final[Mapping[str, type[Table]]] = {"local": LocalNode, "openai": OpenAINode, "fake": FakeNode}
-"""The table of each kind of node."""
 
 
 class AdapterConfig(Table):
@@ -311,9 +186,10 @@ class Config(Table):
     """The whole of `agora.toml`, validated."""
 
     server: ServerConfig = ServerConfig()
-    models: dict[Name, ModelConfig] = {}
-    nodes: dict[Name, NodeConfig] = {}
-    experts: dict[Name, ExpertConfig] = {}
+    models: dict[Name, ModelConfig] = Field(default_factory=dict)
+    nodes: dict[Name, NodeConfig] = Field(default_factory=dict)
+    experts: dict[Name, ExpertConfig] = Field(default_factory=dict)
+    neighbours: dict[Name, NeighbourConfig] = Field(default_factory=dict)
     graph: GraphConfig = GraphConfig()
     store: StoreConfig = StoreConfig()
 

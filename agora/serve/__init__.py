@@ -1,0 +1,1 @@
+"""The gateway: agora over HTTP, in OpenAI's words where there are any."""
