@@ -67,6 +67,18 @@ class DeadlineExceeded(AgoraError):
     transient = True
 
 
+class LoopDetected(AgoraError):
+    """A request came back to a node that it had already passed, or would be sent to one."""
+
+    code = "loop_detected"
+
+
+class TooManyHops(LoopDetected):
+    """A request would have to pass more machines than it may."""
+
+    code = "too_many_hops"
+
+
 class BackendError(AgoraError):
     """Something went wrong between agora and a model.
 

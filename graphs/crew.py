@@ -35,6 +35,9 @@ thousand stays without an answer."""
 _NOT_READ: Final = (Unavailable, Overloaded, Rejected, Unsupported, AdapterError)
 """Errors of a backend that had no part of the prompt read: nothing was used. After any other the prompt counts."""
 
+_OF_THE_NODE: Final = frozenset({Unavailable.code, BackendTimeout.code, Overloaded.code})
+"""Failures that the other experts on the same machine are likely to share."""
+
 OnStart = Callable[[int, str, str], None]
 OnEnd = Callable[[int, Attempt, bool], None]
 
@@ -93,32 +96,42 @@ class Crew:
             log.exception("routing of subtask %s failed", subtask.id)
             failure = _internal(e)
         else:
-            names = [c.expert for c in ranking.candidates][: self.max_attempts]
-            experts = [e for e in map(self.square.get, names) if e is not None]
-            while experts:
-                expert, number = experts.pop(0), len(attempts) + 1
+            names = [c.expert for c in ranking.candidates]
+            failed: set[str] = set()
+            while (expert := self._next(names, failed)) is not None:
+                names.remove(expert.name)
+                number = len(attempts) + 1
                 why = ranking.why(expert.name)
                 if attempts:
                     why = f"{attempts[-1].expert} failed; {why}"
                 on_start(number, expert.name, why)
                 attempt = await _ask(expert, subtask, question, why=why, spend=spend, deadline=deadline)
                 attempts.append(attempt)
-                experts = _worth_asking(experts, attempt.outcome, expert)
-                on_end(number, attempt, not experts)
-            if attempts:
-                return tuple(attempts)
+                if isinstance(attempt.outcome, Failure) and attempt.outcome.code in _OF_THE_NODE:
+                    failed.add(expert.node)
+                names = _worth_asking(names, attempt.outcome, expert, self.square)
+                last = number >= self.max_attempts or self._next(names, failed) is None
+                on_end(number, attempt, last)
+                if last:
+                    return tuple(attempts)
             failure = Failure(code="no_expert", message=f"everyone chosen has left: {names}", transient=True)
         attempt = _not_asked(failure)
         on_end(1, attempt, True)
         return (attempt,)
 
+    def _next(self, names: list[str], failed: set[str]) -> Expert | None:
+        """The best who is still here; one on a machine that has just failed only when there is nobody else."""
+        here = [e for e in map(self.square.get, names) if e is not None]
+        return next((e for e in here if e.node not in failed), here[0] if here else None)
 
-def _worth_asking(others: list[Expert], outcome: Outcome, asked: Expert) -> list[Expert]:
+
+def _worth_asking(others: list[str], outcome: Outcome, asked: Expert, square: Square) -> list[str]:
     """Those of the others who may do better than the one who was just asked."""
     if isinstance(outcome, Answer) or outcome.code == DeadlineExceeded.code:
         return []
     if outcome.code == BudgetExceeded.code:
-        return [e for e in others if e.card.price_per_mtok < asked.card.price_per_mtok]
+        here = [e for e in map(square.get, others) if e is not None]
+        return [e.name for e in here if e.card.price_per_mtok < asked.card.price_per_mtok]
     return others
 
 

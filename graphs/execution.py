@@ -12,17 +12,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NoReturn, TypedDict
-
-from langchain_core.runnables import RunnableConfig
-from langgraph.func import task
-from langgraph.types import StreamWriter
+from typing import Any, Final, NoReturn, Protocol, TypedDict
 
 from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest, StoreError
-from agora.events import AttemptEnded, AttemptStarted, Planned, RunFinished, RunStarted, Synthesising
+from agora.events import AttemptEnded, AttemptStarted, Event, Planned, RunFinished, RunStarted, Synthesising
 from agora.types import (
     Answer,
     Attempt,
@@ -32,13 +28,7 @@ from agora.types import (
     RunResult,
     Subtask,
     TaskGraph,
-    Usage,
-    attempt_from_dict,
-    attempt_to_dict,
     checked_question,
-    outcome_from_dict,
-    outcome_to_dict,
-    to_plain,
 )
 from graphs.crew import Crew, missing_input
 from graphs.plan import Plan, Planner
@@ -52,26 +42,12 @@ PLANNING_SHARE: Final = 0.5
 """Share of the time to the deadline that a planner is told it has. A planning model that hangs is then replaced by the
 rules while there is as much time left to answer."""
 
-LEAST_CONCURRENCY: Final = 2
-"""LangGraph's `max_concurrency` below which a run cannot move: one place is its own, one is for a subtask."""
-
-REPLAY_TICKS: Final = 8
-"""Turns of the event loop in which recorded results reach the run, before anybody is asked: LangGraph hands them over
-in 4. What was spent before an interruption is thus counted before more is granted."""
-
 
 class Ask(TypedDict, total=False):
     """What goes into the graph. `budget` may be left out; keys of a larger state are ignored."""
 
     question: str
     budget: dict[str, Any]
-
-
-class Answered(TypedDict):
-    """What comes out of the graph: the answer's text, and everything else as `RunResult.to_dict` writes it."""
-
-    answer: str
-    result: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,26 +69,59 @@ class How:
     max_parallel: int
 
 
-class Run:
-    """One run, or one leg of it if it was resumed. Lives in memory only: what must survive is what the tasks return."""
+class Calls(Protocol):
+    """How the steps of a run are called: as tasks that are recorded and resumed, or directly.
 
-    def __init__(self, how: How, state: Ask, config: RunnableConfig, writer: StreamWriter) -> None:
+    Attributes:
+        replay_ticks: Turns of the event loop in which results of an earlier leg reach the run, before anybody is asked.
+    """
+
+    @property
+    def replay_ticks(self) -> int:
+        """See the class."""
+
+    async def plan(self, run: Run) -> Plan:
+        """Calls `run.plan`."""
+
+    def solve(self, run: Run, subtask: str, number: int) -> asyncio.Future[Any]:
+        """Calls `run.solve`; all subtasks of a round are called at once, in topological order."""
+
+    def attempts(self, value: Any, subtask: str, number: int) -> tuple[Attempt, ...]:
+        """What the future of `solve` gave, read. Raises whatever shows that it is something else."""
+
+    async def synthesise(self, run: Run, graph: TaskGraph, outcomes: Mapping[str, Outcome]) -> Answer:
+        """Calls `run.synthesise`."""
+
+
+class Run:
+    """One run, or one leg of it if it was resumed. Lives in memory only: what must survive is what the tasks return.
+
+    Args:
+        how: What all runs of its graph share.
+        state: What was asked.
+        calls: How its steps are called.
+        run_id: Its id; a new one if None.
+        emit: Told every event as it happens.
+
+    Raises:
+        InvalidRequest: If the question or the budget cannot be.
+    """
+
+    def __init__(
+        self, how: How, state: Ask, *, calls: Calls, run_id: str | None, emit: Callable[[Event], None]
+    ) -> None:
         if not isinstance(state, Mapping) or "question" not in state:
             raise InvalidRequest("the input needs the key 'question'", hint="invoke with {'question': '…'}")
         self.how = how
         self.question = checked_question(state["question"])
-        if (most := config.get("max_concurrency")) is not None and most < LEAST_CONCURRENCY:
-            raise InvalidRequest(
-                f"max_concurrency is {most}: the run itself takes a place, and none would be left for its subtasks",
-                hint="leave it out, and limit subtasks with horizontal(max_parallel=...)",
-            )
-        self.id = str((config.get("configurable") or {}).get("thread_id") or uuid.uuid4().hex)
+        self.id = run_id or uuid.uuid4().hex
         self.budget = _budget(state.get("budget")) or how.budget
         self.spend = Spend(self.budget)
         self.started = asyncio.get_running_loop().time()
         self.deadline = None if self.budget.deadline_s is None else self.started + self.budget.deadline_s
         self.slots = asyncio.Semaphore(how.max_parallel)
-        self.emit: StreamWriter = writer
+        self.emit = emit
+        self.calls = calls
         self.settled: dict[str, asyncio.Future[Outcome]] = {}
         self.attempts: dict[str, tuple[Attempt, ...]] = {}
         self.told: set[tuple[str, int]] = set()
@@ -127,67 +136,90 @@ class Run:
         """Seconds to the deadline, or None."""
         return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
 
-    async def answer(self) -> Answered:
+    async def answer(self) -> RunResult:
         """Runs to the result.
 
         Raises:
             AgoraError: If planning fails, or a result cannot be kept or read back.
         """
         self.emit(RunStarted(run=self.id, at=time.time(), question=self.question))
-        plan = _plan_from_dict(await _plan(self))
+        plan = await self.calls.plan(self)
         self.spend.add(plan.usage)
         self.order = plan.graph.order
         self.by_id = {s.id: s for s in self.order}
         self.emit(Planned(run=self.id, at=time.time(), graph=plan.graph, planner=plan.planner, notes=plan.notes))
-        await self._round(_solve, 1)
+        await self._round(1)
         self.first = {i: many[-1].outcome for i, many in self.attempts.items()}
         if self._worth_asking_again():
-            await self._round(_solve_again, 2)
+            await self._round(2)
         outcomes = {i: many[-1].outcome for i, many in self.attempts.items()}
         final = await self._one_answer(plan.graph, outcomes)
         if self.lost.done():
             await self.lost
         result = self._result(plan, outcomes, final)
         self.emit(RunFinished(run=self.id, at=time.time(), result=result))
-        return Answered(answer=result.text, result=result.to_dict())
+        return result
 
     def lose(self, error: Exception) -> None:
         """A result could not be written down: the run ends now, before anybody else is asked and paid."""
         if not self.lost.done():
             self.lost.set_exception(StoreError(f"a result could not be kept: {error}", hint="is the disk full?"))
 
-    async def _round(self, call: Any, number: int) -> None:
+    async def plan(self) -> Plan:
+        """The first step: makes the task graph, within the run's time.
+
+        Raises:
+            DeadlineExceeded: If that is up.
+            AgoraError: If the planner fails.
+        """
+        try:
+            async with asyncio.timeout(self.left):
+                share = None if self.left is None else self.left * PLANNING_SHARE
+                return await self.how.planner.plan(self.question, timeout_s=share, budget=self.budget)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the deadline of {self.budget.deadline_s:g} s passed while planning", hint="give it more time"
+            ) from None
+        except AgoraError:
+            raise
+        except Exception as e:
+            raise AgoraError(
+                f"planner {self.how.planner.name!r} failed: {type(e).__name__}: {e}",
+                hint="a planner raises AgoraError only",
+            ) from e
+
+    async def _round(self, number: int) -> None:
         loop = asyncio.get_running_loop()
         self.settled = {s.id: loop.create_future() for s in self.order}
         self.open.clear()
         calls = []
         for s in self.order:
-            done: asyncio.Future[dict[str, Any]] = call(self, s.id)
+            done = self.calls.solve(self, s.id, number)
             # By callback, not one after the other: on resume a recorded result must reach those that wait for it while
             # an unrelated subtask before it is still running.
             done.add_done_callback(partial(self._record, s.id, number, len(self.attempts.get(s.id, ()))))
             calls.append(done)
-        for _ in range(REPLAY_TICKS):
-            await asyncio.sleep(0)
-        self.open.set()
         everything = asyncio.gather(*calls, *self.settled.values())
+        # What else went wrong in it is no news once the run has ended otherwise.
+        everything.add_done_callback(lambda f: f.cancelled() or f.exception())
         try:
-            await asyncio.wait({everything, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+            for _ in range(self.calls.replay_ticks):
+                await asyncio.sleep(0)
+            self.open.set()
+            either: set[asyncio.Future[Any]] = {everything, self.lost}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self.lost.done():
                 await self.lost
             await everything
         finally:
             everything.cancel()
 
-    def _record(self, subtask: str, number: int, earlier: int, done: asyncio.Future[dict[str, Any]]) -> None:
+    def _record(self, subtask: str, number: int, earlier: int, done: asyncio.Future[Any]) -> None:
         if done.cancelled() or done.exception() is not None:
             return
         settled = self.settled[subtask]
         try:
-            record = done.result()
-            if (record["subtask"], record["round"]) != (subtask, number):
-                raise ValueError(f"it is of subtask {record['subtask']!r}, round {record['round']}")
-            many = tuple(attempt_from_dict(a) for a in record["attempts"])
+            many = self.calls.attempts(done.result(), subtask, number)
             outcome = many[-1].outcome if many else self.attempts[subtask][-1].outcome
         except Exception as e:
             # Whoever waits for it must not wait for ever.
@@ -288,8 +320,7 @@ class Run:
         if len(answered(graph, outcomes)) == 1:
             return await SectionsSynthesiser().synthesise(self.question, graph, outcomes)
         self.emit(Synthesising(run=self.id, at=time.time()))
-        answer = outcome_from_dict(await _synthesise(self, graph, outcomes))
-        assert isinstance(answer, Answer)
+        answer = await self.calls.synthesise(self, graph, outcomes)
         self.spend.add(answer.usage)
         return answer
 
@@ -334,58 +365,6 @@ class Run:
 
     def _cut_short(self, outcomes: Mapping[str, Outcome]) -> list[str]:
         return [f"{s.id}: {n}" for s in self.order if isinstance(o := outcomes[s.id], Answer) for n in o.notes]
-
-
-@task
-async def _plan(run: Run) -> dict[str, Any]:
-    try:
-        async with asyncio.timeout(run.left):
-            share = None if run.left is None else run.left * PLANNING_SHARE
-            plan = await run.how.planner.plan(run.question, timeout_s=share, budget=run.budget)
-    except TimeoutError:
-        raise DeadlineExceeded(
-            f"the deadline of {run.budget.deadline_s:g} s passed while planning", hint="give it more time"
-        ) from None
-    except AgoraError:
-        raise
-    except Exception as e:
-        raise AgoraError(
-            f"planner {run.how.planner.name!r} failed: {type(e).__name__}: {e}", hint="a planner raises AgoraError only"
-        ) from e
-    return {
-        "graph": plan.graph.to_dict(),
-        "planner": plan.planner,
-        "notes": list(plan.notes),
-        "usage": to_plain(plan.usage),
-    }
-
-
-def _plan_from_dict(plain: Mapping[str, Any]) -> Plan:
-    return Plan(
-        graph=TaskGraph.from_dict(plain["graph"]),
-        planner=plain["planner"],
-        notes=tuple(plain["notes"]),
-        usage=Usage(**plain["usage"]),
-    )
-
-
-@task
-async def _solve(run: Run, subtask: str) -> dict[str, Any]:
-    return _recorded(subtask, 1, await run.solve(run.by_id[subtask], 1))
-
-
-@task
-async def _solve_again(run: Run, subtask: str) -> dict[str, Any]:
-    return _recorded(subtask, 2, await run.solve(run.by_id[subtask], 2))
-
-
-def _recorded(subtask: str, number: int, many: tuple[Attempt, ...]) -> dict[str, Any]:
-    return {"subtask": subtask, "round": number, "attempts": [attempt_to_dict(a) for a in many]}
-
-
-@task
-async def _synthesise(run: Run, graph: TaskGraph, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    return outcome_to_dict(await run.synthesise(graph, outcomes))
 
 
 def _budget(plain: Any) -> Budget | None:

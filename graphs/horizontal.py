@@ -7,7 +7,7 @@ hold it back until every subtask of the level above had ended.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -20,15 +20,27 @@ from agora.routing.keywords import KeywordRouter
 from agora.routing.router import Router
 from agora.square import Square
 from agora.types import Budget
+from graphs import direct
 from graphs.crew import MAX_ATTEMPTS, Crew
 from graphs.databases import watching
-from graphs.execution import Answered, Ask, How, Run
+from graphs.execution import Ask, How, Run
 from graphs.plan import Planner
+from graphs.recorded import RecordedCalls
 from graphs.rules import RulePlanner
 from graphs.synthesise import SectionsSynthesiser, Synthesiser
 
 MAX_PARALLEL: Final = 16
 """Subtasks of one run asked at the same time: the batch size at which `local` reaches its full speed on a CPU."""
+
+LEAST_CONCURRENCY: Final = 2
+"""LangGraph's `max_concurrency` below which a run cannot move: one place is its own, one is for a subtask."""
+
+
+class Answered(TypedDict):
+    """What comes out of the graph: the answer's text, and everything else as `RunResult.to_dict` writes it."""
+
+    answer: str
+    result: dict[str, Any]
 
 
 def horizontal(
@@ -75,9 +87,17 @@ def horizontal(
     )
 
     async def horizontal(state: Ask, *, config: RunnableConfig, writer: StreamWriter) -> Answered:
-        run = Run(how, state, config, writer)
+        if (most := config.get("max_concurrency")) is not None and most < LEAST_CONCURRENCY:
+            raise InvalidRequest(
+                f"max_concurrency is {most}: the run itself takes a place, and none would be left for its subtasks",
+                hint="leave it out, and limit subtasks with horizontal(max_parallel=...)",
+            )
+        thread = (config.get("configurable") or {}).get("thread_id")
+        run = Run(how, state, calls=RecordedCalls(), run_id=None if thread is None else str(thread), emit=writer)
         with watching(checkpointer, run.id, run.lose):
-            return await run.answer()
+            result = await run.answer()
+        return Answered(answer=result.text, result=result.to_dict())
 
     graph: Pregel[Any, Any, Any, Any] = entrypoint(checkpointer=checkpointer)(horizontal)
+    direct.allow(graph, how)
     return graph

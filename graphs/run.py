@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Final, cast
 
@@ -15,6 +16,8 @@ from langgraph.pregel import Pregel
 from agora.errors import AgoraError, InvalidRequest, RunNotFound, StoreError
 from agora.events import Event, RunFailed, RunFinished
 from agora.types import Budget, RunResult, to_plain
+from graphs.direct import how_of, run_directly
+from graphs.execution import Ask, How
 
 Graph = Pregel[Any, Any, Any, Any]
 
@@ -58,7 +61,10 @@ async def run(
     Raises:
         AgoraError: If there is no result. A result with missing parts is a result, and says so.
     """
-    return await _last(_events(graph, _ask(question, budget), run_id or new_run_id()), on_event)
+    asked, run_id = _ask(question, budget), run_id or new_run_id()
+    if (how := how_of(graph)) is not None:
+        return await run_directly(how, asked, checked_run_id(run_id), on_event or _nobody)
+    return await _last(_events(graph, asked, run_id), on_event)
 
 
 async def resume(graph: Graph, run_id: str, *, on_event: Callable[[Event], None] | None = None) -> RunResult:
@@ -113,6 +119,10 @@ async def stream(
         yield RunFailed(run=run_id, at=time.time(), code=e.code, message=str(e))
 
 
+def _nobody(event: Event) -> None:
+    """Listens to no event."""
+
+
 async def _last(events: AsyncGenerator[Event, None], on_event: Callable[[Event], None] | None) -> RunResult:
     result: RunResult | None = None
     async with aclosing(events):
@@ -126,7 +136,12 @@ async def _last(events: AsyncGenerator[Event, None], on_event: Callable[[Event],
     return result
 
 
-async def _events(graph: Graph, given: Any, run_id: str) -> AsyncGenerator[Event, None]:
+async def _events(graph: Graph, given: Ask | None, run_id: str) -> AsyncGenerator[Event, None]:
+    if given is not None and (how := how_of(graph)) is not None:
+        async with aclosing(_direct(how, given, checked_run_id(run_id))) as events:
+            async for event in events:
+                yield event
+        return
     try:
         stream = graph.astream(
             given,
@@ -145,6 +160,19 @@ async def _events(graph: Graph, given: Any, run_id: str) -> AsyncGenerator[Event
         raise _store_error(e) from e
 
 
+async def _direct(how: How, given: Ask, run_id: str) -> AsyncGenerator[Event, None]:
+    happened: asyncio.Queue[Event | None] = asyncio.Queue()
+    run = asyncio.ensure_future(run_directly(how, given, run_id, happened.put_nowait))
+    run.add_done_callback(lambda _: happened.put_nowait(None))
+    try:
+        while (event := await happened.get()) is not None:
+            yield event
+        await run
+    finally:
+        run.cancel()
+        await asyncio.wait({run})
+
+
 def _is_of_a_database(error: Exception) -> bool:
     # By its family, so that no database driver has to be imported to ask.
     return any(c.__module__.partition(".")[0] in _DRIVERS for c in type(error).__mro__)
@@ -154,7 +182,7 @@ def _store_error(error: Exception) -> StoreError:
     return StoreError(f"the run store failed: {error}", hint="is the disk full, or the file damaged or locked?")
 
 
-def _ask(question: str, budget: Budget | None) -> Mapping[str, Any]:
+def _ask(question: str, budget: Budget | None) -> Ask:
     return {"question": question} if budget is None else {"question": question, "budget": to_plain(budget)}
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
@@ -16,8 +17,8 @@ from agora.cli.invocation import ExitCode, Invocation
 from agora.cli.progress import pulls
 from agora.cli.view import answer_text, lines, render, signs_for, summary
 from agora.config import Config
-from agora.errors import InvalidRequest, RunNotFound, StoreError
-from agora.events import Event, RunState, apply
+from agora.errors import StoreError
+from agora.events import Event, RunFailed, RunFinished, RunState, apply
 from agora.types import Budget, RunResult
 
 if TYPE_CHECKING:
@@ -71,67 +72,80 @@ async def opened(
 
 
 async def execute(invocation: Invocation, order: Order, store: RunStore | None) -> RunResult:
-    """Runs an order that is already written down in the store, and writes down how it ended.
+    """Runs an order that is already written down in the store, and writes down what happens and how it ended.
 
     A result that cannot be written down says so in its notes.
 
     Raises:
         AgoraError: If there is no result.
     """
-    if store is not None:
-        invocation.run = order.run_id
-    try:
-        result = await _run(invocation, order, store)
-    except asyncio.CancelledError:
-        if store is not None:
-            try:
-                await store.interrupt(order.run_id)
-            except StoreError as e:
-                invocation.note(f"and this could not be written down: {e}", keep=True)
-            invocation.note(f"interrupted; go on with: agora runs resume {order.run_id}")
-        raise
-    except BaseException as e:
-        if store is not None:
-            try:
-                await store.finish(order.run_id, error=str(e) or type(e).__name__)
-            except StoreError as also:
-                invocation.note(f"and this could not be written down: {also}", keep=True)
-        raise
-    if store is not None:
+    if store is None:
+        return await _run(invocation, order, None, lambda event: None)
+    from graphs.journal import Journal
+
+    invocation.run = order.run_id
+    lost: list[StoreError] = []
+    async with Journal.open(store, on_lost=lambda run_id, error: lost.append(error)) as journal:
         try:
-            await store.finish(order.run_id, result=result)
-        except StoreError as e:
-            # The answer is there: it is shown, whatever becomes of the record.
-            return replace(result, notes=(*result.notes, f"the result could not be written down: {e}"))
-        invocation.finished = True
+            result = await _run(invocation, order, store, partial(journal.put, order.run_id))
+        except BaseException as e:
+            # The events first: they are only this process's to write while the run is.
+            await journal.flush()
+            await _write_end(invocation, order, store, e)
+            raise
+        await journal.flush()
+    try:
+        ended = RunFinished(run=order.run_id, at=time.time(), result=result)
+        await store.finish(order.run_id, result=result, events=[ended])
+    except StoreError as e:
+        # The answer is there: it is shown, whatever becomes of the record.
+        return replace(result, notes=(*result.notes, f"the result could not be written down: {e}"))
+    invocation.finished = True
+    if lost:
+        note = f"not everything that happened could be written down: {lost[0]}"
+        return replace(result, notes=(*result.notes, note))
     return result
 
 
-async def _run(invocation: Invocation, order: Order, store: RunStore | None) -> RunResult:
+async def _write_end(invocation: Invocation, order: Order, store: RunStore, error: BaseException) -> None:
+    """Writes down that there is no result, and why."""
+    interrupted = isinstance(error, asyncio.CancelledError)
+    message = str(error) or type(error).__name__
+    failed = RunFailed(run=order.run_id, at=time.time(), code=getattr(error, "code", "internal"), message=message)
+    try:
+        if interrupted:
+            await store.interrupt(order.run_id)
+        else:
+            await store.finish(order.run_id, error=message, events=[failed])
+    except StoreError as e:
+        invocation.note(f"and this could not be written down: {e}", keep=True)
+    if interrupted:
+        invocation.note(f"interrupted; go on with: agora runs resume {order.run_id}")
+
+
+async def _run(
+    invocation: Invocation, order: Order, store: RunStore | None, keep: Callable[[Event], None]
+) -> RunResult:
+    from graphs.go_on import go_on
+    from graphs.news import News
     from graphs.run import run
 
     checkpointer = store.checkpointer if store is not None else None
+    news = News()
     async with opened(invocation, order.config, pull=order.pull, checkpointer=checkpointer) as graph:
-        with watching(invocation) as on_event:
-            if order.go_on and (result := await _go_on(graph, order.run_id, on_event)) is not None:
-                return result
+        with watching(invocation) as show:
+
+            def on_event(event: Event) -> None:
+                show(event)
+                # The last one is written down together with the result.
+                if not isinstance(event, RunFinished) and news.is_news(event):
+                    keep(event)
+
+            if order.go_on:
+                if store is not None:
+                    await news.read(store, order.run_id)
+                return await go_on(graph, order.run_id, order.question, budget=order.budget, on_event=on_event)
             return await run(graph, order.question, run_id=order.run_id, budget=order.budget, on_event=on_event)
-
-
-async def _go_on(graph: Graph, run_id: str, on_event: Callable[[Event], None]) -> RunResult | None:
-    """Resumes a run from its checkpoint; None if it was stopped before its first one."""
-    from graphs.run import resume
-
-    try:
-        return await resume(graph, run_id, on_event=on_event)
-    except RunNotFound:
-        return None
-    except InvalidRequest:
-        # Stopped after its last checkpoint and before its result was written down: the checkpoint has the result.
-        state = await graph.aget_state({"configurable": {"thread_id": run_id}})
-        if state.next or "result" not in state.values:
-            raise
-        return RunResult.from_dict(state.values["result"])
 
 
 @contextmanager
@@ -191,5 +205,12 @@ async def run_and_tell(invocation: Invocation, order: Order, *, stored: bool) ->
         return tell_result(invocation, await execute(invocation, order, None))
     async with RunStore.open(order.config.store.where) as store:
         config = order.config
-        await store.create(order.run_id, order.question, graph=config.graph.name, config_path=config.file)
+        await store.create(
+            order.run_id,
+            order.question,
+            graph=config.graph.name,
+            config_path=config.file,
+            planner=config.graph.planner,
+            budget=order.budget,
+        )
         return tell_result(invocation, await execute(invocation, order, store))

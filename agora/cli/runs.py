@@ -15,6 +15,8 @@ from agora.cli.options import ConfigOption, JsonOption, NoPullOption
 from agora.cli.tables import print_table
 from agora.cli.text import clean, first_line, seconds
 from agora.errors import InvalidRequest
+from agora.events import Event, event_to_dict
+from agora.types import to_plain
 
 if TYPE_CHECKING:
     from agora.config import Config
@@ -27,7 +29,17 @@ RunId = Annotated[str, typer.Argument(metavar="ID", help="The run's id, as 'agor
 MAX_LISTED: Final = 10_000
 """Most runs listed at once: more than anyone reads, and few enough to hold in memory."""
 
-STYLES = {"done": "green", "partial": "yellow", "failed": "red", "interrupted": "magenta", "running": "cyan"}
+STYLES = {
+    "done": "green",
+    "partial": "yellow",
+    "failed": "red",
+    "interrupted": "magenta",
+    "cancelled": "red",
+    "running": "cyan",
+}
+
+PAGE: Final = 128
+"""Events read at once: a hundred answers, some hundred kilobytes."""
 
 
 @app.callback()
@@ -67,18 +79,28 @@ def list_runs(
 
 
 @app.command("show")
-def show(context: typer.Context, run_id: RunId, config: ConfigOption = None, json: JsonOption = False) -> None:
+def show(
+    context: typer.Context,
+    run_id: RunId,
+    events: Annotated[bool, typer.Option("--events", help="Show what happened, one event after the other.")] = False,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
     """Show a run: who was asked what, how often, and what came of it.
 
-    What an interrupted run has answered so far is kept, and shown once it has been resumed and is done.
+    What an interrupted run has answered so far is kept, and shown once it has been resumed and is done; with
+    `--events` at once.
     """
     invocation = of(context)
     invocation.json = json
-    record = run_async(_get(config, run_id))
+    record, happened = run_async(_get(config, run_id, events=events))
     if json:
-        invocation.print_json(_plain(record))
-        return
-    _tell_record(invocation, record)
+        more = {"events": [{"seq": seq, **event_to_dict(event)} for seq, event in happened]} if events else {}
+        invocation.print_json({**_plain(record), **more})
+    elif events:
+        _tell_events(invocation, record, happened)
+    else:
+        _tell_record(invocation, record)
 
 
 @app.command("resume")
@@ -112,12 +134,16 @@ async def _list(config: Path | None, limit: int) -> list[RunRecord]:
         return await store.list(limit=limit)
 
 
-async def _get(config: Path | None, run_id: str) -> RunRecord:
+async def _get(config: Path | None, run_id: str, *, events: bool) -> tuple[RunRecord, list[tuple[int, Event]]]:
     from graphs.run import checked_run_id
 
     checked_run_id(run_id)
+    happened: list[tuple[int, Event]] = []
     async with _open(config) as store:
-        return await store.get(run_id)
+        record = await store.get(run_id)
+        while events and (page := await store.events(run_id, after=happened[-1][0] if happened else 0, limit=PAGE)):
+            happened += page
+    return record, happened
 
 
 async def _resume(invocation: Invocation, run_id: str, config: Path | None, *, pull: bool) -> ExitCode:
@@ -132,13 +158,16 @@ async def _resume(invocation: Invocation, run_id: str, config: Path | None, *, p
             raise InvalidRequest(
                 f"run {run_id!r} already came to its end: {record.status}", hint=f"see: agora runs show {run_id}"
             )
-        settings = override(_config_of(record, config), graph=record.graph)
+        # What the run was started with counts, and not what the configuration says by now.
+        settings = _config_of(record, config)
+        planner = record.planner if record.planner != settings.graph.planner else None
+        settings = override(settings, graph=record.graph, planner=planner)
         await store.take_over(run_id)
         order = Order(
             config=settings,
             question=record.question,
             run_id=run_id,
-            budget=budget_of(settings),
+            budget=record.budget if record.budget is not None else budget_of(settings),
             pull=pull,
             go_on=True,
         )
@@ -160,8 +189,7 @@ def _tell_record(invocation: Invocation, record: RunRecord) -> None:
 
     signs = signs_for(invocation.out.encoding)
     took = f", took {seconds(record.finished_at - record.created_at)}" if record.finished_at else ""
-    head = Text(f"{record.id}  ", style="bold").append(record.status, style=STYLES[record.status])
-    invocation.say(head)
+    _tell_head(invocation, record)
     invocation.say(
         Text(f"began {_when(record.created_at)}{took}, graph {record.graph}, ", style="dim").append(
             clean(record.config or "built-in configuration")
@@ -171,7 +199,7 @@ def _tell_record(invocation: Invocation, record: RunRecord) -> None:
         invocation.say(Text(clean(record.question)))
         if record.error:
             invocation.say(Text(f"error: {clean(record.error)}", style="red"))
-        if record.status != "running":
+        if record.status not in ("running", "cancelled"):
             invocation.note("what was answered so far is kept; it is shown when the run is done")
             invocation.note(f"go on with: agora runs resume {record.id}")
         return
@@ -184,6 +212,25 @@ def _tell_record(invocation: Invocation, record: RunRecord) -> None:
     invocation.say(Text(summary(record.result, signs=signs), style="dim"))
 
 
+def _tell_head(invocation: Invocation, record: RunRecord) -> None:
+    invocation.say(Text(f"{record.id}  ", style="bold").append(record.status, style=STYLES[record.status]))
+
+
+def _tell_events(invocation: Invocation, record: RunRecord, happened: list[tuple[int, Event]]) -> None:
+    from agora.cli.view import told
+
+    _tell_head(invocation, record)
+    if not happened:
+        invocation.note("no events of this run are in the store")
+    width = len(str(happened[-1][0])) if happened else 0
+    for seq, event in happened:
+        first, *rest = told(event)
+        head = f"{seq:>{width}}  {_when(event.at)}  "
+        invocation.say(Text(head, style="dim").append(first, style=""))
+        for line in rest:
+            invocation.say(Text(f"{' ' * len(head)}{line}"))
+
+
 def _plain(record: RunRecord) -> dict[str, Any]:
     return {
         "id": record.id,
@@ -193,6 +240,9 @@ def _plain(record: RunRecord) -> dict[str, Any]:
         "finished_at": record.finished_at,
         "graph": record.graph,
         "config": record.config,
+        "planner": record.planner,
+        "budget": to_plain(record.budget),
+        "metadata": dict(record.metadata),
         "result": record.result.to_dict() if record.result is not None else None,
         "error": record.error,
     }

@@ -218,6 +218,13 @@ def lines(event: Event) -> Sequence[str]:
     return tuple(_LINES[type(event)](event))
 
 
+def told(event: Event) -> Sequence[str]:
+    """An event as one or more plain lines, for a list of all that happened."""
+    if isinstance(event, RunFinished):
+        return (f"ended: {_answered(event.result)} in {seconds(event.result.seconds)}",)
+    return lines(event)
+
+
 def _of_run_started(e: RunStarted) -> Iterator[str]:
     yield f"run {e.run}"
 

@@ -1,13 +1,6 @@
-"""The run store on a real PostgreSQL server, started for these tests; skipped where there is none installed."""
+"""The run store on a real PostgreSQL server; skipped where there is none installed."""
 
 import asyncio
-import os
-import shutil
-import socket
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -21,55 +14,6 @@ from graphs.run import resume, run
 from graphs.store import RunStatus, RunStore
 
 pytest.importorskip("psycopg")
-
-
-def _program(name: str) -> str | None:
-    found = shutil.which(name)
-    if found:
-        return found
-    places = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
-    return str(places[-1]) if places else None
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    initdb, pg_ctl = _program("initdb"), _program("pg_ctl")
-    if initdb is None or pg_ctl is None:
-        pytest.skip("PostgreSQL is not installed")
-    # Not under pytest's own folder, which other users cannot enter.
-    home = Path(tempfile.mkdtemp(prefix="agora-postgres-"))
-    # PostgreSQL refuses to run as root; its package brings a user for it.
-    as_user: list[str] = []
-    if os.geteuid() == 0:
-        if shutil.which("runuser") is None:
-            pytest.skip("PostgreSQL does not run as root and there is no runuser")
-        as_user = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(home, "postgres")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    data, log = home / "data", home / "log"
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={home} -c fsync=off"
-    subprocess.run(
-        [*as_user, initdb, "-D", str(data), "-U", "agora", "--auth=trust"], check=True, capture_output=True, cwd=home
-    )
-    subprocess.run(
-        [*as_user, pg_ctl, "-D", str(data), "-l", str(log), "-o", options, "-w", "start"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=home,
-    )
-    try:
-        yield f"postgresql://agora@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run(
-            [*as_user, pg_ctl, "-D", str(data), "-m", "immediate", "stop"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            cwd=home,
-        )
-        shutil.rmtree(home)
 
 
 def graph_of(backend: FakeBackend, store: RunStore):  # type: ignore[no-untyped-def]
@@ -117,3 +61,33 @@ async def test_an_address_of_another_kind_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="mysql"):
         async with RunStore.open("mysql://somewhere/else"):
             pass
+
+
+async def test_the_gateways_runs_live_in_it_and_go_on_after_a_restart(server: str) -> None:
+    from agora.events import AttemptEnded, RunFinished
+    from agora.serve.runs import Runs
+
+    async with RunStore.open(server) as store:
+        backend = FakeBackend(lambda r: Reply("did it", latency=60 if "do b" in question_of(r) else 0.0))
+        runs = Runs(store, {"horizontal": graph_of(backend, store)}, default_graph="horizontal")
+        await runs.start()
+        record = await runs.create("all", metadata={"who": "me"})
+        seen = []
+        async for seq, event in runs.watch(record.id):
+            seen.append((seq, event))
+            if isinstance(event, AttemptEnded):
+                break
+        await runs.aclose()
+    async with RunStore.open(server) as store:
+        assert (await store.get(record.id)).status is RunStatus.INTERRUPTED
+        backend = FakeBackend(lambda r: "did it")
+        runs = Runs(store, {"horizontal": graph_of(backend, store)}, default_graph="horizontal")
+        await runs.start()
+        seen += [item async for item in runs.watch(record.id, after=seen[-1][0])]
+        ended = await runs.get(record.id)
+        await runs.aclose()
+    assert [n for n, _ in seen] == list(range(1, len(seen) + 1))
+    assert isinstance(seen[-1][1], RunFinished)
+    assert (ended.status, ended.metadata) == (RunStatus.DONE, {"who": "me"})
+    # What was answered before is not asked again.
+    assert len(backend.requests) == 1

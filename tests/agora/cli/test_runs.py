@@ -242,3 +242,81 @@ def test_an_interrupted_run_says_that_its_answers_are_shown_later(agora, fake):
         db.execute("UPDATE runs SET status = 'interrupted', result = NULL, finished_at = NULL, owner = NULL")
         db.commit()
     assert "it is shown when the run is done" in agora("runs", "show", "r").err
+
+
+def test_what_happened_in_a_run_is_shown_event_by_event(agora, fake):
+    agora("ask", TWO, "--run-id", "r")
+    said = agora("runs", "show", "r", "--events")
+    assert said.code == 0
+    head, *lines = said.out.splitlines()
+    assert head == "r  done"
+    whole = "\n".join(lines)
+    for part in (
+        "run r",
+        "plan by rules: 2 subtasks",
+        "asking finance",
+        "finance answered in",
+        "ended: 2 of 2 subtasks",
+    ):
+        assert part in whole, part
+    numbers = [int(line.split()[0]) for line in lines if line.strip()[0].isdigit()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    events = agora("runs", "show", "r", "--events", "--json").json["events"]
+    assert [e["seq"] for e in events] == numbers
+    assert [e["type"] for e in events][:2] == ["RunStarted", "Planned"]
+    assert events[-1]["type"] == "RunFinished"
+    assert "events" not in agora("runs", "show", "r", "--json").json
+
+
+def test_a_failed_run_tells_why_among_its_events_and_goes_on_in_the_next_leg(agora, home):
+    config = home / "agora.toml"
+    config.write_text(
+        '[models.m]\nsource = "./nothing"\n[nodes.quick]\nkind = "local"\nmodel = "m"\n'
+        '[experts.finance]\nnode = "quick"\nready = "finance"\n'
+        '[graph]\nrouter = "keywords"\n[store]\npath = "runs.sqlite"\n'
+    )
+    assert agora("ask", "What is a bond?", "--run-id", "r").code == 1
+    config.write_text(config.read_text().replace('kind = "local"\nmodel = "m"', 'kind = "fake"\nreply = "a loan"'))
+    assert "failed: " in agora("runs", "show", "r", "--events").out
+    assert agora("runs", "resume", "r").code == 0
+    types = [e["type"] for e in agora("runs", "show", "r", "--events", "--json").json["events"]]
+    assert types == ["RunFailed", "RunStarted", "Planned", "AttemptStarted", "AttemptEnded", "RunFinished"]
+
+
+def test_a_run_goes_on_with_the_planner_and_the_limits_of_its_first_call(agora, home):
+    config = home / "agora.toml"
+    static = SLOW.replace("latency_s = 600\n", "").replace(
+        "[graph]\n",
+        '[[graph.subtasks]]\nid = "only"\nquestion = "What is a bond?"\nexpert = "finance"\n'
+        '[graph]\nplanner = "static"\ntokens = 5000\n',
+    )
+    # Without its expert's model the run ends before its first checkpoint.
+    config.write_text(
+        static.replace('kind = "fake"\nreply = "quick answer"', 'kind = "local"\nmodel = "m"')
+        + '[models.m]\nsource = "./nothing"\n'
+    )
+    assert agora("ask", TWO, "--run-id", "r", "--planner", "rules", "--tokens", "9").code == 1
+    record = agora("runs", "show", "r", "--json").json
+    assert (record["planner"], record["budget"]["tokens"]) == ("rules", 9)
+    config.write_text(static)
+    said = agora("runs", "resume", "r", "--json")
+    assert said.json["planner"] == "rules"
+    assert len(said.json["graph"]["subtasks"]) == 2
+    # Nine tokens do not even pay for a prompt.
+    assert said.code == 3
+    assert {a[-1]["outcome"]["code"] for a in said.json["attempts"].values()} == {"budget"}
+
+
+def test_a_cancelled_run_is_shown_as_such_and_not_gone_on_with(agora, fake):
+    assert agora("ask", "What is a bond?", "--run-id", "r").code == 0
+    with closing(sqlite3.connect(fake.parent / "runs.sqlite")) as db:
+        db.execute("UPDATE runs SET status = 'cancelled', result = NULL, error = 'enough', owner = NULL")
+        db.commit()
+    assert agora("runs", "list").out.splitlines()[1].split()[:2] == ["r", "cancelled"]
+    said = agora("runs", "show", "r")
+    assert said.out.startswith("r  cancelled")
+    assert "error: enough" in said.out
+    assert "go on with" not in said.err
+    said = agora("runs", "resume", "r")
+    assert said.code == 1
+    assert "run 'r' was cancelled" in said.error
