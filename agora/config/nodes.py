@@ -131,14 +131,16 @@ class VllmNode(Table):
         model: The weights to serve: an alias of the catalogue, a folder, or a hub id. With `url`, the server's name for
             them.
         url: A server that someone else runs, up to and including `/v1`; nothing is started then.
-        python: Interpreter of the environment that vLLM is installed in; absent for `.venv-vllm` (`make vllm`) if it
-            is there, else the one agora runs on.
+        python: Interpreter of the environment that vLLM is installed in; absent for the one that AGORA_VLLM_PYTHON
+            names, else `.venv-vllm` (`make vllm`) if it is there, else the one agora runs on.
         api_key_env: With `url`: name of the environment variable that holds the API key.
         tier: Where it stands.
         port: TCP port on 127.0.0.1; absent for a free one.
-        dtype: Number format of the weights; absent for vLLM's own choice.
-        max_context: Tokens of prompt and answer together; absent for the model's own limit.
-        max_lora_rank: Largest rank of an adapter; absent for 16. Only where experts answer with adapters.
+        dtype: Number format of the weights; absent for vLLM's own choice, or float32 without a GPU.
+        max_context: Tokens of prompt and answer together; absent for the model's own limit, or without a GPU what its
+            cache has room for.
+        max_lora_rank: Largest rank of an adapter; absent for 16. Adapters can be loaded if this is given, or if an
+            expert has one.
         args: Further arguments of `vllm serve`, as they are.
         env: Further environment variables of the server.
         start_timeout_s: Seconds until it must have generated a token.

@@ -130,7 +130,10 @@ planer = "rules"
         ("[server]\nport = true", "server.port = true: must be a whole number"),
         ("[graph]\ncost = nan", "graph.cost = nan: must be"),
         ("[graph]\ndeadline_s = inf", "graph.deadline_s = inf: must be"),
-        ("[nodes.n]\nkind = 'locl'", 'nodes.n.kind = "locl": did you mean "local"? allowed: local, openai, vllm, llamacpp, fake'),
+        (
+            "[nodes.n]\nkind = 'locl'",
+            'nodes.n.kind = "locl": did you mean "local"? allowed: local, openai, vllm, llamacpp, fake',
+        ),
         ("[nodes.n]\nmodel = 'x'", "nodes.n.kind: is required; allowed: local, openai, vllm, llamacpp, fake"),
         ("[nodes.n]\nkind = 'openai'\nmodel = 'x'", "nodes.n.url: is required"),
         ("[nodes.n]\nkind = 'openai'\nmodel = 'x'\nurl = 'ftp://h'", "must look like http://host:port/v1"),
