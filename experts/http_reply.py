@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Final, NoReturn
 
 import aiohttp
@@ -15,6 +15,8 @@ from agora.errors import BackendTimeout, BadReply, Unavailable
 DRAIN_S: Final = 0.05
 """Seconds to wait for the end of a body after its last event. It comes in the same packet; where it does not, opening
 a new connection is cheaper than waiting."""
+
+_UNBOUNDED: Final = nullcontext()
 
 
 class Patience:
@@ -33,20 +35,37 @@ class Patience:
         self.began = self._clock()
         self.until = self.began + total_s
         self._first_until = math.inf
+        self._bounded = False
 
     def begin_try(self, *, streamed: bool) -> None:
         """Starts the time for the first token, which only a stream shows; other replies come whole."""
         self._first_until = self._clock() + self._first_token_s if streamed else math.inf
 
-    @asynccontextmanager
-    async def wait(self, *, first: bool) -> AsyncIterator[None]:
+    def wait(self, *, first: bool) -> AbstractAsyncContextManager[object]:
         """Bounds a block: by the time for the first token too, if that is what the block waits for."""
         first = first and self._first_until < self.until
+        if self._bounded and not first:
+            return _UNBOUNDED
+        return self._until(self._first_until, "first token", self._first_token_s) if first else self._whole()
+
+    def bound(self) -> asyncio.Timeout:
+        """A time-out for a whole request, in place of one for each of its steps; what it raises, `late` puts right."""
+        self._bounded = True
+        return asyncio.timeout_at(self.until)
+
+    def late(self) -> BackendTimeout:
+        """What is told when the time of the whole request was up."""
+        return BackendTimeout(f"no complete reply within {self._total_s:g} s", backend=self._backend)
+
+    def _whole(self) -> AbstractAsyncContextManager[None]:
+        return self._until(self.until, "complete reply", self._total_s)
+
+    @asynccontextmanager
+    async def _until(self, when: float, what: str, seconds: float) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout_at(self._first_until if first else self.until):
+            async with asyncio.timeout_at(when):
                 yield
         except TimeoutError:
-            what, seconds = ("first token", self._first_token_s) if first else ("complete reply", self._total_s)
             raise BackendTimeout(f"no {what} within {seconds:g} s", backend=self._backend) from None
 
 

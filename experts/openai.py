@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, TypeVar, get_args
 
 from agora.errors import AdapterError, BackendError, BadReply, InvalidRequest, Rejected, Unavailable
 from agora.protocols import (
@@ -65,6 +65,8 @@ RESERVED: Final = frozenset({"model", "messages", "prompt", "stream", "n", "echo
 
 CONTEXT_FIELDS: Final = ("max_model_len", "context_length", "context_window", "max_context_length")
 """How /v1/models names the context: vLLM and SGLang, OpenRouter, Groq, Mistral."""
+
+T = TypeVar("T")
 
 Scoring = Literal["echo", "vllm"]
 
@@ -187,6 +189,9 @@ class OpenAIBackend:
             self._http, backend=self._name, model=model, chat_template=chat_template, extra=self._extra
         )
 
+    relays: ClassVar[bool] = False
+    """Whether the server knows the expert itself, and adds what belongs to it: prompt, temperature, limits."""
+
     def __repr__(self) -> str:
         return f"OpenAIBackend({self._url!r}, {self._model!r}, name={self._name!r})"
 
@@ -199,6 +204,11 @@ class OpenAIBackend:
     def model(self) -> str:
         """The server's name for the model."""
         return self._model
+
+    @property
+    def max_tokens_field(self) -> MaxTokensField:
+        """What the server calls the most tokens to generate in a chat."""
+        return self._max_tokens_field
 
     @property
     def capabilities(self) -> Capabilities:
@@ -231,10 +241,15 @@ class OpenAIBackend:
                 async for chunk in chunks:
                     yield chunk
 
-    @asynccontextmanager
     async def forward(
-        self, path: ForwardPath, payload: bytes, *, streamed: bool = False, timeout_s: float | None = None
-    ) -> AsyncIterator[Reply]:
+        self,
+        path: ForwardPath,
+        payload: bytes,
+        read: Callable[[Reply], Awaitable[T]],
+        *,
+        streamed: bool = False,
+        timeout_s: float | None = None,
+    ) -> T:
         """Passes a body on that is written for such a server already, and gives the reply as it is.
 
         What it asks for is not checked against the capabilities: the server itself refuses what it cannot do.
@@ -242,23 +257,34 @@ class OpenAIBackend:
         Args:
             path: Which of the API's endpoints.
             payload: JSON with the server's own name for the model.
+            read: Called with the reply once it has a good status; if it leaves before the reply's end, the server is
+                made to stop.
             streamed: Whether the reply is a stream, so that the time for the first token counts.
             timeout_s: Seconds for everything, the reading of the reply included.
 
-        Yields:
-            The reply, once it has a good status. Leaving the block before its end makes the server stop.
+        Returns:
+            What `read` returns.
 
         Raises:
             Rejected: If the server refuses it; `body` has its own words.
             BackendError: If no reply comes.
         """
         patience = self._patience(timeout_s)
-        with self._http.redacting():
-            async with self._slots.hold(patience.until):
-                headers = self.headers_for(timeout_s)
-                reply = await self._http.send(path, payload, patience, streamed=streamed, headers=headers)
-                async with reply:
-                    yield reply
+        try:
+            await self._slots.take(patience.until)
+            try:
+                async with patience.bound():
+                    headers = self.headers_for(timeout_s)
+                    reply = await self._http.send(path, payload, patience, streamed=streamed, headers=headers)
+                    async with reply:
+                        return await read(reply)
+            except TimeoutError:
+                raise patience.late() from None
+            finally:
+                self._slots.release()
+        except BackendError as e:
+            self._http.redact(e)
+            raise
 
     def headers_for(self, timeout_s: float | None) -> Mapping[str, str]:
         """Headers of one request besides those given at the start; none, but for kinds of servers that want some.

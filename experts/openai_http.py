@@ -10,6 +10,7 @@ import random
 import re
 import socket
 import ssl
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn
@@ -97,6 +98,7 @@ class Http:
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = asyncio.Event()
+        self._replies: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()
 
     async def post(
         self,
@@ -158,6 +160,9 @@ class Http:
     async def aclose(self) -> None:
         """Closes the connections; requests that run or wait fail with `Unavailable`."""
         self._closing.set()
+        for response in list(self._replies):
+            # The session's own end does not wake those who are reading a body.
+            response.close()
         if self._session is not None:
             await self._session.close()
 
@@ -167,11 +172,15 @@ class Http:
         try:
             yield
         except BackendError as e:
-            e.message = self._redacted(e.message)
-            e.args = (e.message,)
-            if isinstance(e, Rejected):
-                e.body = self._redacted(e.body)
+            self.redact(e)
             raise
+
+    def redact(self, error: BackendError) -> None:
+        """Takes the key out of an error."""
+        error.message = self._redacted(error.message)
+        error.args = (error.message,)
+        if isinstance(error, Rejected):
+            error.body = self._redacted(error.body)
 
     def _redacted(self, text: str) -> str:
         return self._secrets.sub("***", text) if self._secrets is not None else text
@@ -203,6 +212,7 @@ class Http:
                 _log.info("%s; try %d follows in %.2f s", self._redacted(str(again.error)), tried + 1, wait)
                 await self._sleep(wait)
             else:
+                self._replies.add(response)
                 return Reply(response, patience, backend=self._backend, limit=self._limit, closing=self._closing)
 
     def _open_session(self) -> aiohttp.ClientSession:

@@ -86,6 +86,23 @@ class Slots:
             BackendTimeout: If no slot came free by then.
             Overloaded: If the queue is full.
         """
+        await self.take(until)
+        try:
+            yield
+        finally:
+            self.release()
+
+    async def take(self, until: float = math.inf) -> None:
+        """Like `acquire`, but waits no longer than `until`.
+
+        Raises:
+            BackendTimeout: If no slot came free by then.
+            Overloaded: If the queue is full.
+        """
+        if self._limit is None or self._running < self._limit:
+            # The usual case, without a timer that would never ring.
+            self._running += 1
+            return
         try:
             async with asyncio.timeout_at(None if until == math.inf else until):
                 await self.acquire()
@@ -94,10 +111,6 @@ class Slots:
                 f"timeout_s passed while {len(self._waiting) + 1} requests waited for one of {self._limit} places",
                 backend=self._owner,
             ) from None
-        try:
-            yield
-        finally:
-            self.release()
 
     def abort(self, error: Exception) -> None:
         """Fails every waiting request with `error`."""

@@ -939,3 +939,33 @@ async def test_other_json_answers_a_request_to_stream(server: Server, connect: C
     server.hooks = [lambda request: web.Response(text="{}", content_type="text/plain")]
     with pytest.raises(BadReply, match="text/plain"):
         await connect().generate(ask())
+
+
+async def test_closing_ends_what_is_reading_a_body() -> None:
+    """At every moment of a stream: before its head, between its events, at its end."""
+
+    async def slowly(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(1000):
+            await response.write(b'data: {"choices": [{"index": 0, "delta": {"content": "x"}}]}\n\n')
+            await asyncio.sleep(0.001)
+        return response
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", slowly)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.01)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        for n in range(12):
+            backend = OpenAIBackend(f"http://127.0.0.1:{runner.addresses[0][1]}", "m")
+            request = GenerateRequest(messages=(Message(role="user", content="hi"),))
+            asked = asyncio.ensure_future(backend.generate(request))
+            await asyncio.sleep(n * 0.001)
+            await backend.aclose()
+            with pytest.raises(Unavailable, match="closed"):
+                await asyncio.wait_for(asked, 5)
+    finally:
+        await runner.cleanup()
