@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
-from agora.cli import ask, demo, doctor, experts, init, models, runs
+from agora.cli import ask, demo, doctor, experts, init, keys, models, runs, serve
 from agora.cli.invocation import ExitCode, Invocation, of, quieten
 from agora.cli.streams import OutputError, discard, flush, guarded
 from agora.errors import AgoraError
@@ -34,9 +34,11 @@ app = typer.Typer(
     invoke_without_command=True,
 )
 app.command("ask")(ask.ask)
+app.command("serve")(serve.serve)
 app.add_typer(experts.app, name="experts")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
+app.add_typer(keys.app, name="keys")
 app.command("init")(init.init)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

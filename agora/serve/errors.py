@@ -1,6 +1,6 @@
 """Errors over HTTP: which status each of agora's errors has, and OpenAI's shape of a body.
 
-    {"error": {"message": "…", "type": "invalid_request_error", "param": null, "code": "model_not_found"}}
+{"error": {"message": "…", "type": "invalid_request_error", "param": null, "code": "model_not_found"}}
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ STATUS: Final[Mapping[str, int]] = MappingProxyType(
         "unsupported": 400,
         "budget": 400,
         "run_not_found": 404,
+        "loop_detected": 508,
+        "too_many_hops": 508,
+        "store": 503,
         "no_expert": 503,
         "overloaded": 429,
         "deadline": 504,

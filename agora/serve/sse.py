@@ -127,8 +127,8 @@ class EventStream:
             self._timer.cancel()
         if self._beat is not None:
             self._beat.cancel()
-        if isinstance(error, ConnectionResetError) and self._lost:
-            self.gone = True
+        self.gone = self.gone or (error is not None and self._lost)
+        if isinstance(error, ConnectionResetError) and self.gone:
             return True
         if self._cancelled and self._owner is not None:
             # As `asyncio.timeout` does it: only the cancellation that came from here is taken back.
@@ -176,11 +176,10 @@ class EventStream:
             self._writing = None
 
     def _arm(self) -> None:
-        now = self._loop.time()
-        heartbeat = self._heartbeat_s if self._heartbeat_s is not None else self._write_timeout_s
-        due = self._last + heartbeat if self._writing is None else self._writing + self._write_timeout_s
-        # One timer per stream, looked at when it is due: a timer for every write would cost more than the write.
-        self._timer = self._loop.call_at(max(due, now + min(heartbeat, self._write_timeout_s) / 8), self._look)
+        # One timer per stream, looked at when something may be due: one for every write would cost more than the write.
+        most = self._write_timeout_s if self._heartbeat_s is None else min(self._heartbeat_s, self._write_timeout_s)
+        since = self._last if self._writing is None else self._writing
+        self._timer = self._loop.call_at(max(since, self._loop.time() - most * 7 / 8) + most, self._look)
 
     def _look(self) -> None:
         now = self._loop.time()

@@ -1,0 +1,135 @@
+"""What a node tells of itself in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from agora.serve.limits import Admission
+from agora.square import Square
+from agora.types import Usage
+
+SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Bounds of the histogram of answer times: from a gateway's own few milliseconds to the longest request allowed."""
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """Counters of one node, kept in a registry of its own.
+
+    Args:
+        square: Whose backends' load is told.
+        admission: Whose places are told.
+    """
+
+    def __init__(self, square: Square, admission: Admission) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "agora_requests",
+            "Requests answered, by route, model and status.",
+            ["route", "model", "status"],
+            registry=None,
+        )
+        self._seconds = Histogram(
+            "agora_request_seconds",
+            "Seconds from a request's head to its answer's last byte.",
+            ["route"],
+            buckets=SECONDS,
+            registry=None,
+        )
+        self._first = Histogram(
+            "agora_first_token_seconds",
+            "Seconds from a streamed request's head to its first token.",
+            ["model"],
+            buckets=SECONDS,
+            registry=None,
+        )
+        self._tokens = Counter("agora_tokens", "Tokens read and generated.", ["model", "kind"], registry=None)
+        for metric in (self._requests, self._seconds, self._first, self._tokens):
+            self.registry.register(metric)
+        self.registry.register(_Now(square, admission))
+        # A look-up by labels costs more than counting: the few there are, are kept.
+        self._request_children: dict[tuple[str, str, int], Counter] = {}
+        self._seconds_children: dict[str, Histogram] = {}
+        self._first_children: dict[str, Histogram] = {}
+        self._token_children: dict[str, tuple[Counter, Counter]] = {}
+
+    def request(self, route: str, model: str, status: int, seconds: float) -> None:
+        """Counts a request that came to its end. `model` is a name that is served, or `-`."""
+        key = (route, model, status)
+        counter = self._request_children.get(key)
+        if counter is None:
+            counter = self._request_children[key] = self._requests.labels(route, model, str(status))
+        counter.inc()
+        histogram = self._seconds_children.get(route)
+        if histogram is None:
+            histogram = self._seconds_children[route] = self._seconds.labels(route)
+        histogram.observe(seconds)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        """Counts the time to the first token of a stream."""
+        histogram = self._first_children.get(model)
+        if histogram is None:
+            histogram = self._first_children[model] = self._first.labels(model)
+        histogram.observe(seconds)
+
+    def tokens(self, model: str, usage: Usage) -> None:
+        """Counts what an answer used."""
+        pair = self._token_children.get(model)
+        if pair is None:
+            pair = self._tokens.labels(model, "prompt"), self._tokens.labels(model, "completion")
+            self._token_children[model] = pair
+        pair[0].inc(usage.prompt_tokens)
+        pair[1].inc(usage.completion_tokens)
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _Now(Collector):
+    """What is only known at the moment it is asked for."""
+
+    def __init__(self, square: Square, admission: Admission) -> None:
+        self._square = square
+        self._admission = admission
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        yield _gauge(
+            "agora_requests_now",
+            "Requests let in and waiting, of the node's own and of neighbours together and of neighbours alone.",
+            ["state", "of"],
+            [
+                (("running", "all"), self._admission.load.running),
+                (("waiting", "all"), self._admission.load.waiting),
+                (("running", "neighbours"), self._admission.neighbours.running),
+                (("waiting", "neighbours"), self._admission.neighbours.waiting),
+            ],
+        )
+        backends = {e.node: e.backend.load for e in self._square}
+        yield _gauge(
+            "agora_backend_requests",
+            "Requests running and waiting on a backend, as far as this node knows.",
+            ["node", "state"],
+            [
+                ((name, state), value)
+                for name, load in backends.items()
+                for state, value in (("running", load.running), ("waiting", load.waiting))
+            ],
+        )
+        yield _gauge("agora_experts", "Experts that can be asked.", [], [((), len(self._square))])
+
+
+def _gauge(
+    name: str, text: str, labels: list[str], values: Iterable[tuple[tuple[str, ...], float]]
+) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for key, value in values:
+        family.add_metric(key, value)
+    return family

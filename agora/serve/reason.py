@@ -1,0 +1,193 @@
+"""Chats with a graph: many experts answer, in one OpenAI answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Final
+
+import orjson
+from aiohttp import web
+
+from agora.errors import AgoraError, BackendError, BackendTimeout, DeadlineExceeded, NoExpert, Overloaded, Unavailable
+from agora.events import AttemptStarted, Event, Planned, RunFailed, RunFinished
+from agora.serve.answer import DONE, usage_body
+from agora.serve.asked import Asked
+from agora.serve.errors import JSON, ApiError, error_body
+from agora.serve.sse import EventStream
+from agora.serve.wire import ChatMessage, ChatRequest, checked
+from agora.types import Answer, Budget, Failure, RunResult, Usage
+from graphs.build import Graph
+from graphs.run import run, stream
+
+NOT_APPLIED: Final = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "stop", "seed", "response_format")
+"""Fields that have no meaning for an answer put together from several experts'; the answer says that they had none."""
+
+CODES: Final[Mapping[str, type[AgoraError]]] = {
+    c.code: c for c in (DeadlineExceeded, NoExpert, BackendTimeout, Overloaded, Unavailable)
+}
+"""Errors that stand for a failure when nothing at all was answered; others are told as `BackendError`."""
+
+
+async def reason(asked: Asked, graph: Graph) -> web.StreamResponse:
+    """Has a graph answer the last message of a chat.
+
+    Raises:
+        ApiError: 400, if the body is wrong.
+        AgoraError: If no part of it was answered.
+    """
+    if asked.path != "chat/completions":
+        raise ApiError(
+            400,
+            f"{asked.model!r} is a graph, which answers chats",
+            code="unsupported",
+            param="model",
+            hint="POST /v1/chat/completions",
+        )
+    body = checked(ChatRequest, asked.body)
+    if body.logprobs:
+        raise ApiError(
+            400, "a graph's answer has no log-probabilities", code="unsupported", param="logprobs", hint="ask an expert"
+        )
+    question = question_of(body.messages)
+    budget = _budget(body, asked.left_s, asked.node.config.graph.deadline_s)
+    words = _Words(asked, body)
+    if body.stream:
+        return await _stream(asked, words, graph, question, budget)
+    result = await run(graph, question, run_id=f"chat-{asked.request_id}", budget=budget)
+    _answered(result)
+    asked.node.metrics.tokens(asked.model, result.usage)
+    return web.Response(body=orjson.dumps(words.whole(result)), content_type=JSON)
+
+
+def question_of(messages: Sequence[ChatMessage]) -> str:
+    """The question that a chat asks: its last message, after what was said before.
+
+    Raises:
+        ApiError: 400, if the last message is not the user's.
+    """
+    said = [m.plain() for m in messages]
+    if said[-1].role != "user":
+        raise ApiError(
+            400,
+            f"the last message is the {said[-1].role}'s; it must be the user's",
+            code="invalid_value",
+            param="messages",
+        )
+    if len(said) == 1:
+        return said[0].content
+    # Experts see one question each: what it may refer to has to stand in it.
+    before = "\n".join(f"{m.role}: {m.content}" for m in said[:-1])
+    return f"{said[-1].content}\n\nWhat was said before:\n{before}"
+
+
+def _budget(body: ChatRequest, left_s: float, usual: float | None) -> Budget:
+    asked = body.budget
+    deadlines = [d for d in (left_s, usual, asked.deadline_s if asked else None) if d is not None]
+    return Budget(
+        deadline_s=min(deadlines),
+        cost=asked.cost if asked else None,
+        tokens=asked.tokens if asked else None,
+    )
+
+
+def _answered(result: RunResult) -> None:
+    """Raises the error that stands for the failures if nothing was answered."""
+    outcomes = [result.outcome(s.id) for s in result.graph]
+    if any(isinstance(o, Answer) for o in outcomes):
+        return
+    failure = next(o for o in outcomes if isinstance(o, Failure))
+    kind = CODES.get(failure.code)
+    if kind is None:
+        raise BackendError(failure.message)
+    raise kind(failure.message)
+
+
+class _Words:
+    """A graph's answer in OpenAI's words, with agora's own about it under `agora`."""
+
+    def __init__(self, asked: Asked, body: ChatRequest) -> None:
+        self.include_usage = body.include_usage
+        self._ignored = [f for f in NOT_APPLIED if getattr(body, f) is not None]
+        self._head = {"id": f"chatcmpl-{asked.request_id}", "created": int(time.time()), "model": asked.model}
+
+    def whole(self, result: RunResult) -> dict[str, Any]:
+        message = {"role": "assistant", "content": result.text, "refusal": None}
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+            "usage": usage_body(result.usage),
+            "agora": self.about(result),
+        }
+
+    def about(self, result: RunResult) -> dict[str, Any]:
+        """How the answer came about."""
+        return {
+            "run": result.run,
+            "planner": result.planner,
+            "subtasks": [
+                {
+                    "id": s.id,
+                    "question": s.question,
+                    "experts": [a.expert for a in result.attempts[s.id] if a.expert is not None],
+                    "answered": isinstance(result.outcome(s.id), Answer),
+                }
+                for s in result.graph
+            ],
+            "missing": list(result.missing),
+            "notes": list(result.notes),
+            "cost": result.usage.cost,
+            "not_applied": self._ignored,
+        }
+
+    def piece(self, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        piece = {**self._head, "object": "chat.completion.chunk", "choices": [choice], **more}
+        if self.include_usage:
+            piece["usage"] = None
+        return piece
+
+    def last(self, usage: Usage) -> dict[str, Any]:
+        return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_body(usage)}
+
+
+async def _stream(asked: Asked, words: _Words, graph: Graph, question: str, budget: Budget) -> web.StreamResponse:
+    """Tells how it goes on as comments, which clients of OpenAI's pass over, and then the answer."""
+    run_id = f"chat-{asked.request_id}"
+    async with EventStream(asked.request, headers=asked.headers) as out:
+        await out.send(orjson.dumps(words.piece({"role": "assistant", "content": ""})))
+        try:
+            async with aclosing(stream(graph, question, run_id=run_id, budget=budget)) as events:
+                async for event in events:
+                    if (line := _progress(event)) is not None:
+                        await out.send_encoded(b": %b\n\n" % line.encode())
+                    if isinstance(event, RunFailed):
+                        raise CODES.get(event.code, AgoraError)(event.message)
+                    if isinstance(event, RunFinished):
+                        await _tell(asked, words, out, event.result)
+        except AgoraError as e:
+            await out.send(orjson.dumps(error_body(e)))
+            asked.failed(e)
+    return out.response
+
+
+async def _tell(asked: Asked, words: _Words, out: EventStream, result: RunResult) -> None:
+    asked.node.metrics.first_token(asked.model, asyncio.get_running_loop().time() - asked.began)
+    asked.node.metrics.tokens(asked.model, result.usage)
+    _answered(result)
+    await out.send(orjson.dumps(words.piece({"content": result.text})))
+    await out.send(orjson.dumps(words.piece({}, "stop", agora=words.about(result))))
+    if words.include_usage:
+        await out.send(orjson.dumps(words.last(result.usage)))
+    await out.send(DONE)
+
+
+def _progress(event: Event) -> str | None:
+    if isinstance(event, Planned):
+        return f"planned {len(event.graph)} subtasks"
+    if isinstance(event, AttemptStarted):
+        return f"{event.subtask}: asking {event.expert}"
+    return None

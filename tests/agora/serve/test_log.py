@@ -1,0 +1,63 @@
+"""The gateway's log."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import threading
+import time
+
+from agora.serve import log as module
+from agora.serve.log import JsonLog
+
+
+def lines(out: io.BytesIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_lines_and_records_are_json_in_order() -> None:
+    out = io.BytesIO()
+    with JsonLog(out) as log:
+        log.line({"request": "a"})
+        logging.getLogger("agora.test").warning("over %d", 9)
+        try:
+            raise ValueError("why")
+        except ValueError:
+            logging.getLogger("agora.test").exception("broke")
+        logging.getLogger("agora.test").debug("too fine")
+    told = lines(out)
+    assert [t.get("request") or t.get("message") for t in told] == ["a", "over 9", "broke"]
+    assert "ValueError: why" in str(told[2]["trace"])
+    assert all("at" in t for t in told)
+    logging.getLogger("agora.test").warning("after")
+    assert len(lines(out)) == 3
+
+
+def test_a_disk_that_hangs_loses_lines_and_not_requests() -> None:
+    free = threading.Event()
+
+    class Slow(io.BytesIO):
+        def write(self, data: object) -> int:
+            free.wait(10)
+            return super().write(data)  # type: ignore[arg-type]
+
+    out = Slow()
+    with JsonLog(out) as log:
+        for n in range(module.MAX_LINES + 5000):
+            log.line({"n": n})
+        free.set()
+        while log._lines:
+            time.sleep(0.01)
+        log.line({"n": "last"})
+    told = lines(out)
+    assert len(told) < module.MAX_LINES + 5000
+    assert told[-1]["n"] == "last"
+    assert told[-1]["dropped_lines"] >= 1
+
+
+def test_an_output_that_is_closed_is_no_error() -> None:
+    out = io.BytesIO()
+    with JsonLog(out) as log:
+        out.close()
+        log.line({"n": 1})
