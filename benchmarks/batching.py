@@ -5,13 +5,17 @@ start, the same requests also go through transformers' own `generate`, alone and
 variants take turns within a round, because other programs share the machine, and each figure is the best of its rounds:
 disturbance only ever slows down. The medians are told too. One round takes half of the sequence, the next the other.
 
-    python -m benchmarks.batching [--quick] [--json] [--model ALIAS_OR_FOLDER] [--dtype float32] [--threads N]
+Where they are installed, llama.cpp and vLLM then get the same prompts, one after another and together, each with the
+machine to itself. vLLM takes a minute to start, so `--quick` leaves it out unless `--vllm` asks for it.
+
+    python -m benchmarks.batching [--quick] [--json] [--model ALIAS_OR_FOLDER] [--dtype float32] [--threads N] [--vllm]
 """
 
 # ruff: noqa: E402 - see SPIN_COUNT
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import statistics
@@ -30,7 +34,8 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agora.protocols import GenerateRequest
+from agora.errors import BackendError, ModelError, Unavailable
+from agora.protocols import Backend, GenerateRequest
 from benchmarks.common import facts, parser, run, show
 from experts.loading import loading
 from experts.local import LocalBackend
@@ -64,6 +69,10 @@ HALF: Final = len(PROMPTS) // 2
 PLAIN_EVERY: Final = 4
 """Every fourth request of the sequence is also given to plain `generate`, right after `LocalBackend` answered it."""
 LAG_PROBE_S: Final = 0.005
+ENGINE_ROUNDS: Final = 2
+"""Rounds of each other engine: the first takes one half of the sequence, the second the other."""
+ENGINE_CONTEXT: Final = 2048
+"""Context of vLLM, which sets memory aside for it; the prompts and answers here are 20 times shorter."""
 
 
 class Plain:
@@ -187,6 +196,81 @@ def ratios(speed: dict[str, float]) -> dict[str, float]:
     }
 
 
+async def open_llamacpp(args: argparse.Namespace, folder: Path) -> Backend:
+    """llama.cpp on the GGUF file that the model's folder was made from.
+
+    Raises:
+        ModelError: If llama-cpp-python is not installed, or there is no such file.
+    """
+    from experts.llamacpp import LlamaCppBackend
+
+    file = ModelStore().gguf_path(args.model)
+    return await LlamaCppBackend.open(file, threads=args.threads, max_batch=len(PROMPTS))
+
+
+async def open_vllm(args: argparse.Namespace, folder: Path) -> Backend:
+    """A vLLM server on the model's folder.
+
+    Raises:
+        ModelError: If there is no interpreter with vLLM.
+        Unavailable: If it does not get ready.
+    """
+    if args.quick and not args.vllm:
+        raise ModelError("left out: it takes a minute to start", hint="ask for it with --vllm")
+    from experts.vllm import VLLMBackend
+
+    threads = {} if args.threads is None else {"VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}"}
+    return await VLLMBackend.start(folder, dtype=args.dtype, max_context=ENGINE_CONTEXT, env=threads)
+
+
+ENGINES: Final = {"llamacpp": open_llamacpp, "vllm": open_vllm}
+
+
+async def engine_speed(backend: Backend, tokens: int) -> dict[str, Any]:
+    """Tokens per second of one engine, alone on the machine; best of its rounds."""
+    requests = [GenerateRequest(prompt=p, max_tokens=tokens) for p in PROMPTS]
+    await asyncio.gather(*(backend.generate(GenerateRequest(prompt=p, max_tokens=2)) for p in PROMPTS))
+    best: dict[str, float] = defaultdict(float)
+    model = ""
+    for n in range(ENGINE_ROUNDS):
+        first = n % 2 * HALF
+        start = time.perf_counter()
+        alone = [await backend.generate(r) for r in requests[first : first + HALF]]
+        speed = sum(a.usage.completion_tokens for a in alone) / (time.perf_counter() - start)
+        best["sequential"] = max(best["sequential"], speed)
+        start = time.perf_counter()
+        answers = await asyncio.gather(*(backend.generate(r) for r in requests))
+        speed = sum(a.usage.completion_tokens for a in answers) / (time.perf_counter() - start)
+        best["together"] = max(best["together"], speed)
+        model = answers[0].model
+    return {
+        "model": model,
+        "rounds": ENGINE_ROUNDS,
+        "tokens_per_s": {how: round(speed, 1) for how, speed in best.items()},
+        "gain": round(best["together"] / best["sequential"], 2),
+    }
+
+
+async def compare(args: argparse.Namespace, folder: Path, tokens: int) -> dict[str, Any]:
+    """The other engines on the same prompts, one after the other; null and a note for those that are not there."""
+    engines: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+    for name, open_engine in ENGINES.items():
+        engines[name] = None
+        try:
+            backend = await open_engine(args, folder)
+        except (ModelError, Unavailable) as e:
+            notes[name] = str(e)
+            continue
+        try:
+            engines[name] = await engine_speed(backend, tokens)
+        except BackendError as e:
+            notes[name] = str(e)
+        finally:
+            await backend.aclose()
+    return {"engines": engines, "engine_notes": notes}
+
+
 def table(result: dict[str, Any]) -> Table:
     """The result for people."""
     view = Table(title=f"{result['requests']} requests on {result['model']}, {result['dtype']}")
@@ -200,12 +284,17 @@ def table(result: dict[str, Any]) -> Table:
     }
     for key, name in names.items():
         view.add_row(name, f"{result['tokens_per_s'][key]:.1f}")
+    for engine, figures in result["engines"].items():
+        for how, name in (("sequential", "one after another"), ("together", "together")):
+            speed = f"{figures['tokens_per_s'][how]:.1f}" if figures else "-"
+            view.add_row(f"{engine}, {name}", speed)
     view.add_section()
     view.add_row("gain of batching (goal ≥ 4)", f"{result['gain']:.2f}")
     view.add_row("alone over plain generate (goal ≥ 0.9)", f"{result['alone_over_plain_generate']:.2f}")
     view.add_row("together over static batch (goal ≥ 0.8)", f"{result['together_over_static_batch']:.2f}")
     view.add_row("event loop lag, 99th percentile", f"{result['loop_lag_p99_ms']:.1f} ms")
-    view.caption = f"best of {result['rounds']} rounds, {result['threads']} threads, {result['cpu']}"
+    notes = "".join(f"\n{engine}: {why}" for engine, why in result["engine_notes"].items())
+    view.caption = f"best of {result['rounds']} rounds, {result['threads']} threads, {result['cpu']}{notes}"
     return view
 
 
@@ -214,9 +303,11 @@ def main() -> None:
     options.add_argument("--model", default="smollm2-135m", help="catalogue alias or folder (default: smollm2-135m)")
     options.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
     options.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    options.add_argument("--vllm", action="store_true", help="start vLLM for --quick too (about a minute)")
     args = options.parse_args()
     folder = ModelStore().resolve(args.model, pull=True)
     result = asyncio.run(measure(folder, dtype=args.dtype, threads=args.threads, quick=args.quick))
+    result |= asyncio.run(compare(args, folder, result["tokens_per_request"]))
     show(result, args.json, table(result))
 
 

@@ -96,7 +96,11 @@ class Reply:
     @property
     def content_type(self) -> str:
         """The media type, in lower case; empty if the server names none."""
-        return self._response.content_type.lower() if "Content-Type" in self._response.headers else ""
+        said = self._response.headers.get("Content-Type")
+        if said == "application/json" or said is None:
+            # The usual words need no parsing.
+            return said or ""
+        return self._response.content_type.lower()
 
     async def __aenter__(self) -> Reply:
         length = self._response.content_length

@@ -17,6 +17,7 @@ from typing import Any, Final, NoReturn
 from urllib.parse import urlsplit
 
 import aiohttp
+from yarl import URL
 
 from agora.errors import (
     BackendError,
@@ -52,6 +53,9 @@ HINTS: Final[Mapping[int, str]] = {
     413: "the prompt is too long",
 }
 """What to do next, by HTTP status."""
+
+_ASK: Final[Mapping[str, str]] = {"Accept": "application/json, text/event-stream"}
+_SEND: Final[Mapping[str, str]] = {**_ASK, "Content-Type": "application/json"}
 
 
 class _Again(Exception):
@@ -98,6 +102,7 @@ class Http:
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = asyncio.Event()
+        self._urls: dict[tuple[str, bool], URL] = {}
         self._replies: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()
 
     async def post(
@@ -197,7 +202,10 @@ class Http:
         retry: bool,
         headers: Mapping[str, str] | None,
     ) -> Reply:
-        url = f"{self._url.removesuffix('/v1') if root else self._url}/{path}"
+        url = self._urls.get((path, root))
+        if url is None:
+            url = URL(f"{self._url.removesuffix('/v1') if root else self._url}/{path}")
+            self._urls[path, root] = url
         tried = 0
         while True:
             session = self._open_session()
@@ -248,15 +256,14 @@ class Http:
         self,
         session: aiohttp.ClientSession,
         method: str,
-        url: str,
+        url: URL,
         payload: bytes | None,
         patience: Patience,
         headers: Mapping[str, str] | None,
     ) -> aiohttp.ClientResponse:
         """One try: the reply with a good status, or an error; `_Again` if another try is safe."""
-        headers = {**(headers or {}), "Accept": "application/json, text/event-stream"}
-        if payload is not None:
-            headers["Content-Type"] = "application/json"
+        usual = _ASK if payload is None else _SEND
+        headers = {**headers, **usual} if headers else usual
         try:
             async with patience.wait(first=True):
                 try:
