@@ -62,7 +62,7 @@ PROMPTS: Final = (
 """Openings that a model goes on with for long: an early end would make the variants unequal."""
 
 TOKENS: Final = 48
-QUICK_TOKENS: Final = 16
+QUICK_TOKENS: Final = 12
 ROUNDS: Final = 8
 QUICK_ROUNDS: Final = 2
 HALF: Final = len(PROMPTS) // 2
@@ -226,13 +226,13 @@ async def open_vllm(args: argparse.Namespace, folder: Path) -> Backend:
 ENGINES: Final = {"llamacpp": open_llamacpp, "vllm": open_vllm}
 
 
-async def engine_speed(backend: Backend, tokens: int) -> dict[str, Any]:
+async def engine_speed(backend: Backend, tokens: int, rounds: int) -> dict[str, Any]:
     """Tokens per second of one engine, alone on the machine; best of its rounds."""
     requests = [GenerateRequest(prompt=p, max_tokens=tokens) for p in PROMPTS]
     await asyncio.gather(*(backend.generate(GenerateRequest(prompt=p, max_tokens=2)) for p in PROMPTS))
     best: dict[str, float] = defaultdict(float)
     model = ""
-    for n in range(ENGINE_ROUNDS):
+    for n in range(rounds):
         first = n % 2 * HALF
         start = time.perf_counter()
         alone = [await backend.generate(r) for r in requests[first : first + HALF]]
@@ -245,7 +245,7 @@ async def engine_speed(backend: Backend, tokens: int) -> dict[str, Any]:
         model = answers[0].model
     return {
         "model": model,
-        "rounds": ENGINE_ROUNDS,
+        "rounds": rounds,
         "tokens_per_s": {how: round(speed, 1) for how, speed in best.items()},
         "gain": round(best["together"] / best["sequential"], 2),
     }
@@ -263,7 +263,7 @@ async def compare(args: argparse.Namespace, folder: Path, tokens: int) -> dict[s
             notes[name] = str(e)
             continue
         try:
-            engines[name] = await engine_speed(backend, tokens)
+            engines[name] = await engine_speed(backend, tokens, 1 if args.quick else ENGINE_ROUNDS)
         except BackendError as e:
             notes[name] = str(e)
         finally:

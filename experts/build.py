@@ -6,9 +6,10 @@ import asyncio
 import dataclasses
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
-from agora.config import Config, NodeConfig, OpenAINode
+from agora.config import Config, NodeConfig, OpenAINode, VllmNode
 from agora.errors import ConfigError
 from agora.protocols import Backend
 from agora.square import Expert, Square
@@ -50,15 +51,16 @@ async def open_square(
         ModelError: If a model cannot be found, fetched or loaded.
         AdapterError: If an adapter cannot be loaded.
     """
+    environment = os.environ if environment is None else environment
+    cards = expert_cards(config)
+    check_keys(config, environment=environment)
     opening = Opening(
         config=config,
         store=store if store is not None else await asyncio.to_thread(ModelStore),
         pull=pull,
         on_pull=progress,
-        environment=os.environ if environment is None else environment,
+        environment=environment,
     )
-    cards = expert_cards(config)
-    _check_keys(opening)
     used = dict.fromkeys(e.node for e in config.experts.values())
     backends = await _open_all({n: config.nodes[n] for n in used}, opening)
     return Square([_expert(config, card, backends[config.experts[card.name].node]) for card in cards])
@@ -100,6 +102,60 @@ def system_prompt_of(config: Config, name: str) -> str | None:
     return ready_experts()[e.ready].system_prompt
 
 
+def check_keys(config: Config, *, environment: Mapping[str, str] | None = None, neighbours: bool = False) -> None:
+    """Checks that the API keys which a configuration names are set, all of them at once, before anything is opened.
+
+    Args:
+        config: What `load_config` returned.
+        environment: Where API keys are looked up; that of the process if None.
+        neighbours: Whether those for neighbours are needed too, not only those of nodes that experts are on.
+
+    Raises:
+        ConfigError: If some are not; it names each.
+    """
+    if missing := [m.text for m in missing_keys(config, environment=environment, neighbours=neighbours)]:
+        raise ConfigError(
+            f"{config.origin}: {'; '.join(missing)}", hint="set it to the API key that you got for that server"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingKey:
+    """An API key that a configuration names and that is not set.
+
+    Attributes:
+        key: Where the configuration names it, like `nodes.cloud.api_key_env`.
+        variable: The environment variable that should hold it.
+    """
+
+    key: str
+    variable: str
+
+    @property
+    def text(self) -> str:
+        """What is wrong, in words."""
+        return f"{self.key}: the environment variable {self.variable} is not set"
+
+
+def missing_keys(
+    config: Config, *, environment: Mapping[str, str] | None = None, neighbours: bool = False
+) -> tuple[MissingKey, ...]:
+    """The API keys that `check_keys` would miss."""
+    environment = os.environ if environment is None else environment
+    named: dict[str, str | None] = {}
+    for name in dict.fromkeys(e.node for e in config.experts.values()):
+        node = config.nodes[name]
+        if isinstance(node, OpenAINode | VllmNode):
+            named[f"nodes.{name}"] = node.api_key_env
+    if neighbours:
+        named |= {f"neighbours.{name}": n.api_key_env for name, n in config.neighbours.items()}
+    return tuple(
+        MissingKey(key=f"{key}.api_key_env", variable=variable)
+        for key, variable in named.items()
+        if variable and not environment.get(variable)
+    )
+
+
 async def _open_all(nodes: Mapping[str, NodeConfig], opening: Opening) -> dict[str, Backend]:
     tasks = {n: asyncio.ensure_future(OPENERS[node.kind](n, node, opening)) for n, node in nodes.items()}
     try:
@@ -112,17 +168,6 @@ async def _open_all(nodes: Mapping[str, NodeConfig], opening: Opening) -> dict[s
         await asyncio.gather(*(b.aclose() for b in opened if not isinstance(b, BaseException)))
         raise
     return {n: t.result() for n, t in tasks.items()}
-
-
-def _check_keys(opening: Opening) -> None:
-    """All missing API keys at once, before anything is opened."""
-    missing = []
-    for name in dict.fromkeys(e.node for e in opening.config.experts.values()):
-        node = opening.config.nodes[name]
-        if isinstance(node, OpenAINode) and node.api_key_env and not opening.environment.get(node.api_key_env):
-            missing.append(f"nodes.{name}.api_key_env: the environment variable {node.api_key_env} is not set")
-    if missing:
-        raise ConfigError(f"{opening.config.origin}: {'; '.join(missing)}", hint="set it to the server's API key")
 
 
 def _expert(config: Config, card: ExpertCard, backend: Backend) -> Expert:

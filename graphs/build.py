@@ -14,15 +14,16 @@ from typing import Any, Final, TypeVar
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.pregel import Pregel
 
-from agora.config import Config
+from agora.config import Config, may_join
 from agora.errors import ConfigError, ModelError
 from agora.routing import ROUTERS, KeywordRouter, Router
-from agora.square import Expert, Square
+from agora.square import Square
 from agora.types import Budget
 from experts.embed import DEFAULT_MODEL, MiniLM
 from experts.models import ModelStore
 from experts.nodes import OnPull
 from graphs.horizontal import horizontal
+from graphs.named import Named
 from graphs.plan import Plan, Planner, make_planner
 from graphs.synthesise import LLMSynthesiser, SectionsSynthesiser, Synthesiser
 
@@ -48,15 +49,15 @@ EMBEDDING: Final = frozenset({"embedding"})
 """Routers that compare texts by an embedding model."""
 
 
-def _asked(config: Config, square: Square, what: str) -> Expert:
+def _asked(config: Config, square: Square, what: str) -> Named:
+    """The expert that plans or puts together, by its name: one of a neighbour need not be here yet."""
     name = getattr(config.graph, f"{what}_expert")
-    expert = square.get(name) if name is not None else None
-    if expert is None:
+    if name is None or (square.get(name) is None and not may_join(config, name)):
         allowed = ", ".join(e.name for e in square)
         raise ConfigError(
             f'{config.origin}: graph.{what}_expert: {what} "llm" needs an expert, got {name!r}; allowed: {allowed}'
         )
-    return expert
+    return Named(square, name)
 
 
 def _static_planner(config: Config, square: Square) -> Planner:
@@ -67,9 +68,7 @@ def _static_planner(config: Config, square: Square) -> Planner:
 
 
 def _llm_planner(config: Config, square: Square) -> Planner:
-    expert = _asked(config, square, "planner")
-    price = expert.card.price_per_mtok
-    return make_planner("llm", expert.backend, experts=[e.card for e in square], price_per_mtok=price)
+    return make_planner("llm", _asked(config, square, "planner"), experts=square)
 
 
 PLANNERS: Final[Mapping[str, Callable[[Config, Square], Planner]]] = MappingProxyType(

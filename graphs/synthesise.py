@@ -9,6 +9,7 @@ from typing import Protocol
 from agora.errors import AgoraError
 from agora.square import Expert
 from agora.types import Answer, Outcome, Subtask, TaskGraph, Usage
+from graphs.named import Named
 from graphs.render import plain_question
 
 
@@ -88,18 +89,18 @@ class LLMSynthesiser:
     """Has an expert write one answer from the parts; if it fails, the parts are given as they are, and it is said.
 
     Args:
-        expert: Who writes.
+        expert: Who writes; or its name, which is looked up every time. While it is not there, that is a failure.
     """
 
     name = "llm"
 
-    def __init__(self, expert: Expert) -> None:
+    def __init__(self, expert: Expert | Named) -> None:
         self._expert = expert
 
     @property
-    def asks(self) -> Expert | None:
+    def asks(self) -> Expert:
         """Who writes."""
-        return self._expert
+        return self._expert.here_or_nobody() if isinstance(self._expert, Named) else self._expert
 
     async def synthesise(
         self,
@@ -116,7 +117,7 @@ class LLMSynthesiser:
         usage = Usage()
         try:
             async with asyncio.timeout(timeout_s):
-                answer = await self._expert.ask(
+                answer = await self.asks.ask(
                     synthesis_prompt(question, graph, outcomes), max_tokens=max_tokens, timeout_s=timeout_s
                 )
             if answer.text:

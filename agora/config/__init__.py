@@ -1,6 +1,6 @@
 """agora.toml: its words, its checks, and how it is read."""
 
-from agora.config.load import check_config, default_config, find_config, load_config, parse_config, template
+from agora.config.load import check_config, default_config, find_config, load_config, may_join, parse_config, template
 from agora.config.nodes import (
     CapabilitiesConfig,
     FakeNode,
@@ -42,6 +42,7 @@ __all__ = [
     "default_config",
     "find_config",
     "load_config",
+    "may_join",
     "parse_config",
     "template",
 ]

@@ -11,7 +11,7 @@ from typing import Any, Final
 import platformdirs
 from pydantic import ValidationError
 
-from agora.config.nodes import FakeNode, LocalNode, OpenAINode, VllmNode
+from agora.config.nodes import FakeNode, LlamaCppNode, LocalNode, OpenAINode, VllmNode
 from agora.config.problems import Key, Problem, error_of, nearest, problems_of, read_text, shown
 from agora.config.schema import Config, ExpertConfig
 from agora.errors import ConfigError, InvalidPlan
@@ -99,6 +99,20 @@ def check_config(config: Config) -> None:
         raise error_of(problems, origin=config.origin)
 
 
+def may_join(config: Config, expert: str) -> bool:
+    """Whether an expert of that name may come from a neighbour: `NEIGHBOUR.NAME`, if it may be asked for NAME.
+
+    Args:
+        config: Whose neighbours.
+        expert: What the expert would be called here.
+    """
+    for name, neighbour in config.neighbours.items():
+        there = expert.removeprefix(f"{name}.")
+        if there not in ("", expert) and (neighbour.experts is None or there in neighbour.experts):
+            return True
+    return False
+
+
 def _with_defaults(config: Config) -> Config:
     """A file that says nothing of models, nodes and experts gets the built-in ones."""
     if config.models or config.nodes or config.experts:
@@ -142,8 +156,8 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         if chosen == "llm" and asked is None:
             text = f'is required for {key} = "llm"; allowed: {", ".join(config.experts)}'
             yield Problem(key=("graph", expert_key), text=text)
-        if asked is not None and asked not in config.experts:
-            yield _unknown_name(("graph", expert_key), asked, config.experts, "experts")
+        if asked is not None:
+            yield from _someone(("graph", expert_key), asked, config)
 
 
 def _plan(config: Config) -> Iterator[Problem]:
@@ -156,8 +170,16 @@ def _plan(config: Config) -> Iterator[Problem]:
         yield Problem(key=key, text=e.message)
         return
     for s in plan or ():
-        if s.expert is not None and s.expert not in config.experts:
-            yield _unknown_name((*key, s.id, "expert"), s.expert, config.experts, "experts")
+        if s.expert is not None:
+            yield from _someone((*key, s.id, "expert"), s.expert, config)
+
+
+def _someone(key: Key, name: str, config: Config) -> Iterator[Problem]:
+    """An expert that is neither here nor may come from a neighbour."""
+    if name in config.experts or may_join(config, name):
+        return
+    theirs = [f"{n}.{expert}" for n, c in config.neighbours.items() for expert in c.experts or ("NAME",)]
+    yield _unknown_name(key, name, [*config.experts, *theirs], "experts")
 
 
 def _expert(name: str, expert: ExpertConfig, config: Config) -> Iterator[Problem]:
@@ -168,6 +190,9 @@ def _expert(name: str, expert: ExpertConfig, config: Config) -> Iterator[Problem
     if adapter is None:
         return
     key = ("experts", name, "adapter")
+    if isinstance(node, LlamaCppNode):
+        yield Problem(key=key, text='a node of kind "llamacpp" has no adapters; use one of kind "local" or "vllm"')
+        return
     if isinstance(node, LocalNode) and adapter.folder is None:
         yield Problem(key=(*key, "folder"), text="is required on a local node")
     if isinstance(node, VllmNode) and node.url is None and adapter.folder is None:

@@ -183,12 +183,12 @@ class LlamaCppNode(Table):
 
     Attributes:
         kind: `llamacpp`.
-        source: An alias of the catalogue whose weights come as GGUF, or a `.gguf` file.
+        source: An alias of the catalogue whose weights come as GGUF, or a `.gguf` file (`./NAME.gguf`).
         tier: Where it stands.
         max_batch: Most requests decoded together.
         max_queue: Most requests waiting; further ones are refused as overloaded.
         max_context: Tokens of prompt and answer together of one request.
-        threads: CPU threads; absent for llama.cpp's own choice.
+        threads: CPU threads; absent for one per physical core.
         gpu_layers: Layers on the GPU, where llama.cpp was built for one; -1 for all.
     """
 

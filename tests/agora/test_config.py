@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agora.config import (
+    Config,
     FakeNode,
+    LlamaCppNode,
     LocalNode,
     OpenAINode,
+    VllmNode,
     default_config,
     find_config,
     load_config,
@@ -50,12 +53,17 @@ def test_without_a_file_five_ready_experts_share_one_local_node() -> None:
     assert config.file is None
 
 
-def test_every_key_that_the_template_shows_in_a_comment_is_a_real_one(tmp_path: Path) -> None:
-    (tmp_path / "adapters" / "law").mkdir(parents=True)
+def uncommented(folder: Path) -> Config:
+    """The template with everything it shows in comments."""
+    (folder / "adapters" / "law").mkdir(parents=True)
     shown = re.sub(r"(?m)^# (?=\[|\w+ = )", "", template())
     shown = shown.replace('planner = "rules"', 'planner = "static"')
     shown = shown.replace('node = "cloud"', 'node = "here"')
-    config = parse_config(shown, file=tmp_path / "agora.toml")
+    return parse_config(shown, file=folder / "agora.toml")
+
+
+def test_every_key_that_the_template_shows_in_a_comment_is_a_real_one(tmp_path: Path) -> None:
+    config = uncommented(tmp_path)
     assert config.models["small"].threads == 2
     assert isinstance(config.nodes["cloud"], OpenAINode)
     assert config.nodes["cloud"].capabilities.json_schema is True
@@ -66,6 +74,27 @@ def test_every_key_that_the_template_shows_in_a_comment_is_a_real_one(tmp_path: 
     assert [s.id for s in config.graph.plan] == ["facts", "answer"]
     assert (config.graph.deadline_s, config.graph.cost, config.graph.tokens) == (60, 0.05, 20000)
     assert config.store.where == tmp_path / "runs.sqlite"
+    assert isinstance(vllm := config.nodes["gpu"], VllmNode)
+    assert vllm.python == tmp_path / ".venv-vllm" / "bin" / "python"
+    assert isinstance(farm := config.nodes["farm"], VllmNode)
+    assert farm.url == "http://127.0.0.1:8000/v1"
+    assert isinstance(config.nodes["quick"], LlamaCppNode)
+    assert config.server.keys == tmp_path / "keys.json"
+    assert config.neighbours["edge"].experts == ("law",)
+
+
+def test_the_template_shows_every_key_of_serving_and_of_the_nodes_that_agora_starts(tmp_path: Path) -> None:
+    config = uncommented(tmp_path)
+    for table in (config.server, config.neighbours["edge"], config.nodes["quick"]):
+        assert table.model_fields_set == set(type(table).model_fields)
+    shown = config.nodes["gpu"].model_fields_set | config.nodes["farm"].model_fields_set
+    assert shown == set(VllmNode.model_fields)
+
+
+def test_what_the_template_shows_of_limits_is_what_holds_without_them(tmp_path: Path) -> None:
+    shown, usual = uncommented(tmp_path), default_config()
+    chosen = {"name", "keys", "requests_per_minute"}
+    assert shown.server.model_dump(exclude=chosen) == usual.server.model_dump(exclude=chosen)
 
 
 def test_a_file_that_names_no_experts_gets_the_built_in_ones() -> None:
@@ -163,6 +192,27 @@ planer = "rules"
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_key_and_what_is_allowed(text: str, told: str) -> None:
     assert told in refused(text)
+
+
+EDGE = SMALL + '[neighbours.edge]\nurl = "http://127.0.0.1:8712"\n'
+
+
+@pytest.mark.parametrize("key", ["planner_expert", "synthesiser_expert", "subtasks"])
+def test_an_expert_of_a_neighbour_may_be_named_before_anybody_knows_it(key: str) -> None:
+    def graph(name: str) -> str:
+        if key == "subtasks":
+            return f'[graph]\nplanner = "static"\nsubtasks = [{{ id = "t", question = "q", expert = "{name}" }}]\n'
+        return f'[graph]\n{key.removesuffix("_expert")} = "llm"\n{key} = "{name}"\n'
+
+    for name in ("edge.law", "edge.deep.law", "a"):
+        parse_config(EDGE + graph(name), file=None)
+    for name in ("edge", "edg.law", "edge.", "law"):
+        assert f'= "{name}": not in [experts]; ' in (message := refused(EDGE + graph(name)))
+        assert "allowed: a, edge.NAME" in message
+    few = EDGE + 'experts = ["law", "tax"]\n'
+    parse_config(few + graph("edge.law"), file=None)
+    assert 'did you mean "edge.law"? allowed: a, edge.law, edge.tax' in refused(few + graph("edge.lav"))
+    assert "not in [experts]; allowed: a" in refused(SMALL + graph("edge.law"))
 
 
 def test_a_cyclic_plan_is_refused_with_the_cycle() -> None:

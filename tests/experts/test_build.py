@@ -24,7 +24,7 @@ from agora.errors import (
 from agora.protocols import Backend, Capabilities
 from agora.types import Modality, Tier
 from experts import nodes
-from experts.build import expert_cards, open_square, ready_names
+from experts.build import check_keys, expert_cards, open_square, ready_names
 from experts.models import ModelStore
 from experts.ready import ready_experts
 
@@ -177,6 +177,30 @@ async def test_all_missing_api_keys_are_told_at_once_and_nothing_is_opened(monke
         await open_square(config(text), environment={"TWO": ""})
     assert "nodes.n.api_key_env: the environment variable ONE is not set" in caught.value.message
     assert "nodes.m.api_key_env: the environment variable TWO is not set" in caught.value.message
+
+
+KEYS = (
+    '[nodes.n]\nkind = "openai"\nurl = "http://127.0.0.1:9"\nmodel = "m"\napi_key_env = "ONE"\n'
+    '[nodes.m]\nkind = "vllm"\nurl = "http://127.0.0.1:9/v1"\nmodel = "m"\napi_key_env = "TWO"\n'
+    '[nodes.unused]\nkind = "vllm"\nurl = "http://127.0.0.1:9/v1"\nmodel = "m"\napi_key_env = "THREE"\n'
+    '[neighbours.edge]\nurl = "http://127.0.0.1:9"\napi_key_env = "FOUR"\n'
+    '[neighbours.open]\nurl = "http://127.0.0.1:9"\n' + EXPERT + EXPERT.replace("a]", "b]").replace('"n"', '"m"')
+)
+
+
+async def test_keys_of_vllm_servers_and_of_neighbours_are_missed_together() -> None:
+    said = "the environment variable {} is not set"
+    one, two = f"nodes.n.api_key_env: {said.format('ONE')}", f"nodes.m.api_key_env: {said.format('TWO')}"
+    four = f"neighbours.edge.api_key_env: {said.format('FOUR')}"
+    with pytest.raises(ConfigError) as caught:
+        check_keys(config(KEYS), environment={"FOUR": ""}, neighbours=True)
+    assert caught.value.message.endswith(f": {one}; {two}; {four}")
+    with pytest.raises(ConfigError) as caught:
+        await open_square(config(KEYS), environment={"ONE": "x"})
+    assert caught.value.message.endswith(f": {two}")
+    keys = {"ONE": "x", "TWO": "y", "FOUR": "z"}
+    check_keys(config(KEYS), environment=keys, neighbours=True)
+    await (await open_square(config(KEYS), environment={"ONE": "x", "TWO": "y"})).aclose()
 
 
 async def test_a_local_node_runs_a_model_with_its_adapters(

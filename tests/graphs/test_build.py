@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 
 from agora.config import Config, load_config, parse_config
-from agora.errors import AgoraError, ConfigError
+from agora.errors import AgoraError, ConfigError, NoExpert
+from agora.protocols import GenerateRequest, ScoreRequest
 from agora.routing import ROUTERS
-from agora.types import Answer, RunResult
+from agora.square import Expert, Square
+from agora.types import Answer, ExpertCard, RunResult
 from experts.build import open_square
 from experts.embed import MiniLM
+from experts.fake import FakeBackend
 from experts.models import ModelStore
 from graphs.build import GRAPHS, PLANNERS, SYNTHESISERS, Routing, build_graph, graph_names, open_router
+from graphs.named import Named
 from graphs.plan import PLANNERS as KNOWN_PLANNERS
 from graphs.run import run
 
@@ -198,6 +202,60 @@ async def test_a_square_that_lost_the_planning_expert_is_refused() -> None:
     for what in ("planner", "synthesiser"):
         with pytest.raises(ConfigError, match=f"{what} \"llm\" needs an expert, got 'education'; allowed: finance"):
             build_graph(config(f'{what} = "llm"\n{what}_expert = "education"\n'), square)
+
+
+EDGE = '[neighbours.edge]\nurl = "http://127.0.0.1:9"\n'
+
+
+def of_the_edge(reply: str, price: float = 0.0) -> Expert:
+    card = ExpertCard(name="edge.law", description="contracts", price_per_mtok=price)
+    return Expert(card=card, backend=FakeBackend(reply), node="edge")
+
+
+async def test_a_planner_of_a_neighbour_plans_while_it_is_here_and_the_rules_while_it_is_not() -> None:
+    edge = config('planner = "llm"\nplanner_expert = "edge.law"\n' + EDGE)
+    square = await open_square(edge)
+    graph = build_graph(edge, square)
+    before = await run(graph, TWO)
+    assert before.planner == "rules" and not before.missing
+    assert before.notes[0].endswith("(expert 'edge.law' is not here now); planned by rules")
+    plan = {"subtasks": [{"id": "t1", "question": "What is a loan?", "inputs": [], "expert": "education"}]}
+    square.join(of_the_edge(json.dumps(plan), price=1_000_000))
+    during = await run(graph, TWO)
+    assert (during.planner, during.notes) == ("llm", ())
+    assert during.attempts["t1"][-1].expert == "education"
+    assert during.usage.cost > 0
+    square.leave("edge.law")
+    assert (await run(graph, TWO)).notes == before.notes
+
+
+async def test_a_writer_of_a_neighbour_writes_while_it_is_here_and_else_the_parts_are_given_as_they_are() -> None:
+    edge = config('synthesiser = "llm"\nsynthesiser_expert = "edge.law"\n' + EDGE)
+    square = await open_square(edge)
+    graph = build_graph(edge, square)
+    before = await run(graph, TWO)
+    assert before.text.count("forty-two") == 2 and not before.missing
+    assert "edge.law could not put the parts together (expert 'edge.law' is not here now)" in before.notes[0]
+    square.join(of_the_edge("both at once"))
+    during = await run(graph, TWO)
+    assert (during.text, during.notes) == ("both at once", ())
+    square.leave("edge.law")
+    assert (await run(graph, TWO)).notes == before.notes
+
+
+async def test_whoever_is_not_here_fails_in_the_same_way_however_it_is_asked() -> None:
+    nobody = Named(Square(), "edge.law").here_or_nobody()
+    with pytest.raises(NoExpert, match=r"'edge\.law' is not here now"):
+        await nobody.ask("Who?")
+    with pytest.raises(NoExpert):
+        async for _ in nobody.backend.stream(GenerateRequest(prompt="x")):
+            pass
+    with pytest.raises(NoExpert):
+        await nobody.backend.score(ScoreRequest(prompt="x", continuations=("y",)))
+    health = await nobody.backend.health()
+    assert not health.ok and "not here now" in health.detail
+    with pytest.raises(NoExpert):
+        Named(Square(), "edge.law").here()
 
 
 async def test_without_a_router_experts_are_chosen_by_keywords() -> None:

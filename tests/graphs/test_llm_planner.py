@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from agora.errors import BadReply, InvalidPlan, InvalidRequest, Overloaded, Rejected, Unavailable
 from agora.protocols import Capabilities, GenerateRequest
+from agora.square import Expert, Square
 from agora.types import ExpertCard, Subtask, TaskGraph, Usage
 from experts.fake import FakeBackend, Hang, Reply
-from graphs.llm_planner import LLMPlanner, checked_plan, find_plan, plan_schema
+from graphs.llm_planner import LLMPlanner
+from graphs.named import Named
 from graphs.plan import Plan, StaticPlanner
+from graphs.plan_reply import checked_plan, find_plan, plan_schema
 
 QUESTION = "What is the population of the capital of Peru, and who wrote Hamlet?"
 EXPERTS = (
@@ -108,6 +111,84 @@ async def test_experts_are_named_to_the_model_and_can_be_pinned() -> None:
     assert [s.expert for s in plan.graph.subtasks] == ["geo", None]
     shown = request(backend).messages[0].content
     assert '"geo": Knows places and people.' in shown and '"lit": Knows "books" {well}.' in shown
+
+
+def expert(name: str, backend: FakeBackend | None = None, **card: Any) -> Expert:
+    return Expert(card=ExpertCard(name=name, description=f"knows {name}", **card), backend=backend or FakeBackend())
+
+
+async def test_a_plan_may_name_those_who_are_in_the_square_when_it_is_made() -> None:
+    backend = FakeBackend(
+        reply(task("t1", "Is that legal?", expert="edge.law")), capabilities=Capabilities(json_schema=True)
+    )
+    square = Square([expert("geo")])
+    planner = LLMPlanner(backend, experts=square)
+    before = await planner.plan(QUESTION)
+    assert "unknown expert 'edge.law'; allowed: geo" in before.notes[0]
+    square.join(expert("edge.law"))
+    during = await planner.plan(QUESTION)
+    assert ([s.expert for s in during.graph], during.notes) == (["edge.law"], ())
+    square.leave("edge.law")
+    after = await planner.plan(QUESTION)
+    assert "unknown expert 'edge.law'" in after.notes[0]
+    asked = [request(backend, n) for n in (0, 2, 3)]
+    assert ['"edge.law": knows edge.law' in r.messages[0].content for r in asked] == [False, True, False]
+    names = [r.json_schema["properties"]["subtasks"]["items"]["properties"]["expert"]["enum"] for r in asked]
+    assert names == [["", "geo"], ["", "geo", "edge.law"], ["", "geo"]]
+
+
+async def test_whoever_leaves_while_a_plan_is_made_does_not_change_its_rules() -> None:
+    square = Square([expert("geo"), expert("edge.law")])
+
+    def leaving(asked: GenerateRequest) -> str:
+        if square.get("edge.law") is not None:
+            square.leave("edge.law")
+        return reply(task("t1", "Is that legal?", expert="edge.law"))
+
+    plan = await LLMPlanner(FakeBackend(leaving), experts=square).plan(QUESTION)
+    assert ([s.expert for s in plan.graph], plan.notes) == (["edge.law"], ())
+
+
+async def test_hundreds_of_wordy_experts_do_not_fill_the_prompt() -> None:
+    card = {"description": "law \n" * 5_000}
+    square = Square([expert("own"), *(expert(f"edge.e{n}") for n in range(500))])
+    square.join(Expert(card=ExpertCard(name="x", **card), backend=FakeBackend()))
+    backend = FakeBackend(GOOD)
+    await LLMPlanner(backend, experts=square).plan(QUESTION)
+    few = FakeBackend(GOOD)
+    await LLMPlanner(few, experts=[ExpertCard(name="wordy", **card)] * 64).plan(QUESTION)
+    for asked in (request(backend), request(few)):
+        assert len(text_of(asked)) < 35_000
+    assert '"own": knows own' in text_of(request(backend)) and '"edge.e62"' in text_of(request(backend))
+    assert '"edge.e63"' not in text_of(request(backend))
+
+
+async def test_a_planner_by_name_is_looked_up_for_every_plan_and_the_rules_plan_while_it_is_away() -> None:
+    square = Square([expert("geo")])
+    planner = LLMPlanner(Named(square, "edge.planner"))
+    away = await planner.plan(QUESTION)
+    assert away.planner == "rules"
+    (note,) = away.notes
+    assert "expert 'edge.planner' is not here now" in note and note.endswith("; planned by rules")
+    for price in (0.0, 1_000_000.0):
+        square.join(expert("edge.planner", FakeBackend(GOOD), price_per_mtok=price))
+        here = await planner.plan(QUESTION)
+        assert (here.planner, here.notes) == ("llm", ())
+        assert here.usage.cost == here.usage.tokens * price / 1e6
+        square.leave("edge.planner")
+    assert (await planner.plan(QUESTION)).notes == (note,)
+
+
+async def test_an_expert_who_can_neither_chat_nor_complete_is_refused_at_once_or_passed_over_when_it_comes() -> None:
+    mute = expert("mute", FakeBackend(capabilities=Capabilities(chat=False)))
+    square = Square([mute])
+    with pytest.raises(InvalidRequest, match="neither chats nor prompts"):
+        LLMPlanner(Named(square, "mute"))
+    square.leave("mute")
+    planner = LLMPlanner(Named(square, "mute"))
+    square.join(mute)
+    plan = await planner.plan(QUESTION)
+    assert plan.planner == "rules" and "neither chats nor prompts" in plan.notes[0]
 
 
 @pytest.mark.parametrize(

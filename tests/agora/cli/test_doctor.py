@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from agora.cli import checks_serving
+
+
+@pytest.fixture(autouse=True)
+def _port_is_free(monkeypatch):
+    """Whoever uses agora's usual port on this machine is none of these tests' business."""
+    monkeypatch.setattr(checks_serving, "_cannot_listen", lambda family, where: None)
+
 
 def found(said) -> dict[str, dict]:
     return {f["what"]: f for f in said.json["findings"]}
