@@ -15,6 +15,7 @@ from langsmith.utils import tracing_is_enabled
 
 from agora.events import Event
 from agora.types import Answer, Attempt, Outcome, RunResult, TaskGraph
+from graphs.context import informed
 from graphs.execution import Ask, How, Run
 from graphs.plan import Plan
 
@@ -61,5 +62,5 @@ async def run_directly(how: How, asked: Ask, run_id: str, emit: Callable[[Event]
     Raises:
         AgoraError: If there is none.
     """
-    run = Run(how, asked, calls=DirectCalls(), run_id=run_id, emit=emit)
+    run = Run(informed(how, asked), asked, calls=DirectCalls(), run_id=run_id, emit=emit)
     return await run.answer()

@@ -44,9 +44,13 @@ rules while there is as much time left to answer."""
 
 
 class Ask(TypedDict, total=False):
-    """What goes into the graph. `budget` may be left out; keys of a larger state are ignored."""
+    """What goes into the graph. All but `question` may be left out; keys of a larger state are ignored.
+
+    What was said before the question is told to whoever is asked for a part of it; only the question is planned over.
+    """
 
     question: str
+    said_before: str
     budget: dict[str, Any]
 
 

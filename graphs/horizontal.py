@@ -21,6 +21,7 @@ from agora.routing.router import Router
 from agora.square import Square
 from agora.types import Budget
 from graphs import direct
+from graphs.context import informed
 from graphs.crew import MAX_ATTEMPTS, Crew
 from graphs.databases import watching
 from graphs.execution import Ask, How, Run
@@ -93,7 +94,13 @@ def horizontal(
                 hint="leave it out, and limit subtasks with horizontal(max_parallel=...)",
             )
         thread = (config.get("configurable") or {}).get("thread_id")
-        run = Run(how, state, calls=RecordedCalls(), run_id=None if thread is None else str(thread), emit=writer)
+        run = Run(
+            informed(how, state),
+            state,
+            calls=RecordedCalls(),
+            run_id=None if thread is None else str(thread),
+            emit=writer,
+        )
         with watching(checkpointer, run.id, run.lose):
             result = await run.answer()
         return Answered(answer=result.text, result=result.to_dict())

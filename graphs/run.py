@@ -47,6 +47,7 @@ async def run(
     *,
     run_id: str | None = None,
     budget: Budget | None = None,
+    said_before: str = "",
     on_event: Callable[[Event], None] | None = None,
 ) -> RunResult:
     """Runs a graph to its result.
@@ -56,12 +57,13 @@ async def run(
         question: What to answer.
         run_id: The run's id, which names it in the checkpoints; a new one if None.
         budget: What this run may spend; the graph's own budget if None.
+        said_before: What the question may refer to: told to whoever is asked for a part of it, but not planned over.
         on_event: Called with every event as it happens.
 
     Raises:
         AgoraError: If there is no result. A result with missing parts is a result, and says so.
     """
-    asked, run_id = _ask(question, budget), run_id or new_run_id()
+    asked, run_id = _ask(question, budget, said_before), run_id or new_run_id()
     if (how := how_of(graph)) is not None:
         return await run_directly(how, asked, checked_run_id(run_id), on_event or _nobody)
     return await _last(_events(graph, asked, run_id), on_event)
@@ -97,7 +99,12 @@ async def resume(graph: Graph, run_id: str, *, on_event: Callable[[Event], None]
 
 
 async def stream(
-    graph: Graph, question: str, *, run_id: str | None = None, budget: Budget | None = None
+    graph: Graph,
+    question: str,
+    *,
+    run_id: str | None = None,
+    budget: Budget | None = None,
+    said_before: str = "",
 ) -> AsyncGenerator[Event, None]:
     """Runs a graph and yields its events as they happen; closing the iterator cancels the run.
 
@@ -106,13 +113,14 @@ async def stream(
         question: What to answer.
         run_id: The run's id; a new one if None.
         budget: What this run may spend; the graph's own budget if None.
+        said_before: As for `run`.
 
     Yields:
         Events; the last one is `RunFinished`, or `RunFailed` if there is no result.
     """
     run_id = run_id or new_run_id()
     try:
-        async with aclosing(_events(graph, _ask(question, budget), run_id)) as events:
+        async with aclosing(_events(graph, _ask(question, budget, said_before), run_id)) as events:
             async for event in events:
                 yield event
     except AgoraError as e:
@@ -182,8 +190,13 @@ def _store_error(error: Exception) -> StoreError:
     return StoreError(f"the run store failed: {error}", hint="is the disk full, or the file damaged or locked?")
 
 
-def _ask(question: str, budget: Budget | None) -> Ask:
-    return {"question": question} if budget is None else {"question": question, "budget": to_plain(budget)}
+def _ask(question: str, budget: Budget | None, said_before: str) -> Ask:
+    asked: Ask = {"question": question}
+    if budget is not None:
+        asked["budget"] = to_plain(budget)
+    if said_before:
+        asked["said_before"] = said_before
+    return asked
 
 
 def _config(run_id: str) -> RunnableConfig:

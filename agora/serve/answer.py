@@ -146,6 +146,7 @@ async def stream(asked: Asked, words: Words, chunks: AsyncIterator[Chunk]) -> we
         begun: Chunk | None = await anext(iterator, None)
         asked.node.metrics.first_token(asked.model, asyncio.get_running_loop().time() - asked.began)
         async with EventStream(asked.request, headers=asked.headers) as out:
+            asked.begun(out.response)
             await _send(out, words.first())
             usage = Usage()
             try:

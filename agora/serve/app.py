@@ -12,13 +12,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
+import orjson
 from aiohttp import web
 
 from agora.errors import AgoraError
 from agora.serve import about, card, runs_api
 from agora.serve.answer import answer
-from agora.serve.asked import ERROR, MODEL, REQUEST_ID, Asked, Path, envelope, read_object
-from agora.serve.errors import ApiError, error_response, internal_error
+from agora.serve.asked import ERROR, HELD, MODEL, REQUEST_ID, STREAM, Asked, Path, envelope, read_object
+from agora.serve.errors import ApiError, error_body, error_response, internal_error
 from agora.serve.forward import forward
 from agora.serve.keys import ANYBODY, Caller, Role
 from agora.serve.node import LOOPBACK, NODE, Node
@@ -41,6 +42,9 @@ LEAVING: Final = frozenset({"/healthz", "/readyz", "/metrics"})
 
 CLOSED_BY_CLIENT: Final = 499
 """Status that the log gives a request whose client went away before its answer, as nginx does."""
+
+LAST_WORD_S: Final = 1.0
+"""Seconds that a client may take to read on where only an error is left to tell; who needs longer reads nothing."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -125,9 +129,11 @@ async def _completion(request: web.Request, path: Path) -> web.StreamResponse:
 @asynccontextmanager
 async def _in_time(asked: Asked) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout_at(asked.until):
+        async with asyncio.timeout_at(asked.until) as limit:
             yield
     except TimeoutError:
+        if not limit.expired():
+            raise
         raise ApiError(
             504,
             f"no answer within {asked.until - asked.began:g} s, waiting for a place included",
@@ -152,7 +158,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             _admit(request, node)
             response = await handler(request)
         except AgoraError as e:
-            response, code = error_response(e), e.code
+            response, code = await _told(request, e), e.code
         except web.HTTPException as e:
             refused = _of_router(request, e)
             response, code = error_response(refused), refused.code
@@ -162,7 +168,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             raise
         except Exception:
             log.exception("request %s failed", request_id)
-            response, code = error_response(internal_error(request_id)), "internal_error"
+            response, code = await _told(request, internal_error(request_id)), "internal_error"
         status = response.status
         if not response.prepared:
             response.headers[REQUEST_ID] = request_id
@@ -171,7 +177,32 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
                 response.force_close()
         return response
     finally:
+        if node.bodies.held and HELD in request:
+            node.bodies.give(request[HELD])
         _tell(request, node, status=status, code=code or request.get(ERROR, ""), seconds=clock() - began)
+
+
+async def _told(request: web.Request, error: AgoraError) -> web.StreamResponse:
+    """The response that tells of `error`: one of its own, or what has begun, with the error as its last event.
+
+    Raises:
+        ConnectionResetError: If neither can be: a second head in the middle of a body would be read as part of it.
+    """
+    begun: web.StreamResponse | None = request.get(STREAM)
+    if begun is None:
+        if request.writer.output_size == 0:
+            return error_response(error)
+        raise ConnectionResetError("an answer has begun, in which no error can be told")
+    try:
+        async with asyncio.timeout(LAST_WORD_S):
+            # The lines before it end an event that was cut off in its middle.
+            await begun.write(b"\n\ndata: %b\n\n" % orjson.dumps(error_body(error)))
+            await begun.write_eof()
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client does not read its answer") from None
+    return begun
 
 
 def _admit(request: web.Request, node: Node) -> None:

@@ -14,6 +14,7 @@ from agora.errors import AgoraError, DeadlineExceeded
 from agora.serve.errors import JSON, ApiError
 from agora.serve.keys import Caller
 from agora.serve.node import Node
+from agora.serve.wire import shown
 
 Path = Literal["chat/completions", "completions"]
 
@@ -22,6 +23,12 @@ MODEL: Final = web.RequestKey("model", str)
 
 ERROR: Final = web.RequestKey("error", str)
 """Key of a request under which the code of an error is kept that came after the status had been sent."""
+
+STREAM: Final = web.RequestKey("stream", web.StreamResponse)
+"""Key of a request under which its answer is kept once it has begun in pieces: an error can then only be told in it."""
+
+HELD: Final = web.RequestKey("held", int)
+"""Key of a request under which the bytes are kept that are set aside for its body, until it is answered."""
 
 REQUEST_ID: Final = "X-Request-Id"
 """Header that names a request, given by the client or here."""
@@ -66,6 +73,10 @@ class Asked:
         """Headers of an answer in pieces; those of others are added when they are sent."""
         return {REQUEST_ID: self.request_id}
 
+    def begun(self, response: web.StreamResponse) -> None:
+        """Notes that an answer in pieces has begun; whatever goes wrong from now on is told in it."""
+        self.request[STREAM] = response
+
     def failed(self, error: AgoraError) -> None:
         """Notes an error that came after the status had been sent, for log and metrics."""
         self.request[ERROR] = error.code
@@ -91,8 +102,7 @@ async def read_object(request: web.Request, node: Node) -> dict[str, Any]:
             are being read.
     """
     limit = node.config.server.max_body_bytes
-    length = request.content_length
-    if request.content_type != JSON:
+    if request.headers.get("Content-Type") != JSON and request.content_type != JSON:
         # Also what keeps a web page in the user's browser from asking: it would need leave for this type.
         raise ApiError(
             415,
@@ -100,24 +110,18 @@ async def read_object(request: web.Request, node: Node) -> dict[str, Any]:
             code="unsupported_media_type",
             hint=f"send the header 'Content-Type: {JSON}'",
         )
-    if length is not None and length > limit:
-        raise _too_large(length, limit)
-    with node.bodies.reading(limit if length is None else length):
-        try:
-            if request.content.is_eof():
-                # It came with the head, as small ones do: nothing to wait for.
-                data = await request.read()
-            else:
-                async with asyncio.timeout(node.config.server.body_timeout_s):
-                    data = await request.read()
-        except TimeoutError:
-            raise ApiError(
-                408,
-                f"the body did not arrive within {node.config.server.body_timeout_s:g} s",
-                code="body_timeout",
-            ) from None
-        except web.HTTPRequestEntityTooLarge as e:
-            raise _too_large(None, limit) from e
+    # What came with the head, as small ones do, is here already: nothing to wait for or to set aside.
+    try:
+        data = await (request.read() if request.content.is_eof() else _arriving(request, node, limit))
+    except web.HTTPRequestEntityTooLarge as e:
+        raise _too_large(None, limit) from e
+    except web.RequestPayloadError:
+        raise ApiError(
+            400,
+            f"the body cannot be read; its Content-Encoding is {request.headers.get('Content-Encoding', '')[:100]!r}",
+            code="invalid_body",
+            hint="send it as it is, or as gzip or deflate",
+        ) from None
     try:
         body = orjson.loads(data)
     except orjson.JSONDecodeError as e:
@@ -125,6 +129,27 @@ async def read_object(request: web.Request, node: Node) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise ApiError(400, f"the body must be a JSON object, got {type(body).__name__}", code="invalid_json")
     return body
+
+
+async def _arriving(request: web.Request, node: Node, limit: int) -> bytes:
+    """A body that is on its way, in bounded time and space."""
+    length = request.content_length
+    if length is not None and length > limit:
+        raise _too_large(length, limit)
+    # Kept until the request is answered, in which it may wait long. How large it unpacks to is not known before.
+    certain = length is not None and "Content-Encoding" not in request.headers
+    request[HELD] = node.bodies.take(length if certain and length is not None else limit)
+    try:
+        async with asyncio.timeout(node.config.server.body_timeout_s):
+            data = await request.read()
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the body did not arrive within {node.config.server.body_timeout_s:g} s",
+            code="body_timeout",
+        ) from None
+    request[HELD] = node.bodies.take(len(data), instead_of=request[HELD])
+    return data
 
 
 def _too_large(length: int | None, limit: int) -> ApiError:
@@ -152,6 +177,5 @@ def envelope(body: Mapping[str, Any], path: Path) -> None:
 
 
 def _wrong(param: str, must: str, value: Any, there: bool) -> ApiError:
-    shown = repr(value)
-    seen = f"got {shown if len(shown) <= 80 else shown[:79] + '…'}" if there else "and is missing"
+    seen = f"got {shown(value)}" if there else "and is missing"
     return ApiError(400, f"{param} {must}, {seen}", code="invalid_value", param=param)

@@ -12,7 +12,7 @@ from agora.errors import AgoraError, BadReply
 from agora.serve.asked import Asked
 from agora.serve.errors import JSON, ApiError, error_body
 from agora.serve.sse import EventStream
-from agora.serve.wire import HARMFUL, MAX_CHOICES, capped
+from agora.serve.wire import HARMFUL, MAX_CHOICES, capped, shown
 from agora.square import Expert
 from agora.types import Usage
 from experts.http_reply import Reply
@@ -34,10 +34,17 @@ async def forward(asked: Asked, expert: Expert, backend: OpenAIBackend) -> web.S
         ApiError: 400, if a field may not be passed on.
         BackendError: If no answer comes.
     """
-    payload = orjson.dumps(tailored(asked, expert, backend))
+    try:
+        payload = orjson.dumps(tailored(asked, expert, backend))
+    except orjson.JSONEncodeError as e:
+        # What was read can be written, unless it is nested too deep.
+        raise ApiError(400, f"the body cannot be passed on: {e}", code="invalid_json") from None
 
     async def read(reply: Reply) -> web.StreamResponse:
-        if asked.streamed and reply.content_type == EVENT_STREAM:
+        if asked.streamed:
+            if reply.content_type != EVENT_STREAM:
+                # Clients that wait for events would see an empty stream.
+                raise BadReply(f"the reply is {reply.content_type or 'of no type'}, not a stream", backend=backend.name)
             return await _stream(asked, reply, backend)
         if reply.content_type != JSON:
             raise BadReply(f"the reply is {reply.content_type or 'of no type'}, not JSON", backend=backend.name)
@@ -59,19 +66,24 @@ def tailored(asked: Asked, expert: Expert, backend: OpenAIBackend) -> dict[str, 
     """
     body = asked.body
     for field in HARMFUL.keys() & body.keys():
+        value = body[field]
+        if value is None or value is False or (field == "best_of" and value == 1):
+            # So clients send it that write out every default: as good as left out, and so it is.
+            body = {k: v for k, v in body.items() if k != field}
+            continue
         raise ApiError(400, f"{field} is not passed on: {HARMFUL[field]}", code="unsupported", param=field)
     many = body.get("n")
     if many is not None and not (isinstance(many, int) and 1 <= many <= MAX_CHOICES):
-        raise ApiError(400, f"n is {many!r}; allowed: 1 to {MAX_CHOICES}", code="invalid_value", param="n")
+        raise ApiError(400, f"n is {shown(many)}; allowed: 1 to {MAX_CHOICES}", code="invalid_value", param="n")
     body = {**body, "model": str(expert.adapter) if expert.adapter else backend.model}
     if backend.relays:
         # The node there knows the expert; it adds what belongs to it.
         return body
-    wanted = next((body.pop(f) for f in LIMITS if f in body), None)
+    wanted = next((body[f] for f in LIMITS if body.get(f) is not None), None)
     for f in LIMITS:
         body.pop(f, None)
     if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1):
-        raise ApiError(400, f"max_tokens is {wanted!r}; it must be ≥ 1", code="invalid_value", param="max_tokens")
+        raise ApiError(400, f"max_tokens is {shown(wanted)}; it must be ≥ 1", code="invalid_value", param="max_tokens")
     body[backend.max_tokens_field if asked.path == "chat/completions" else "max_tokens"] = capped(wanted, expert)
     body.setdefault("temperature", expert.temperature)
     if expert.system_prompt and asked.path == "chat/completions":
@@ -84,9 +96,12 @@ def tailored(asked: Asked, expert: Expert, backend: OpenAIBackend) -> dict[str, 
 async def _stream(asked: Asked, reply: Reply, backend: OpenAIBackend) -> web.StreamResponse:
     # Before anything is sent: a server that hangs after its headers, or breaks, still gets an error of its own status.
     piece = await reply.read(first=True)
+    if not piece:
+        raise BadReply("the stream is empty", backend=backend.name)
     asked.node.metrics.first_token(asked.model, asyncio.get_running_loop().time() - asked.began)
     # Pieces of the server's own: one may end in the middle of an event, so nothing may be put between them.
     async with EventStream(asked.request, heartbeat_s=None, headers=asked.headers) as out:
+        asked.begun(out.response)
         tail = b""
         try:
             while piece:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -25,7 +25,7 @@ LOOK_AGAIN_S: Final = 0.05
 told at once; this is for what the expert works off by itself, and small beside any answer."""
 
 MAX_BODIES_BYTES: Final = 256 * 2**20
-"""Bytes of bodies read at the same time: 64 of the largest that are allowed by default."""
+"""Bytes of bodies at the same time: 64 of the largest that are allowed by default."""
 
 
 @dataclass(slots=True)
@@ -109,14 +109,17 @@ class Admission:
         self._count(-1, neighbour=neighbour)
         if self._own or self._others:
             self._let_in()
-        if self._idle is not None and not self._running and not self._neighbours:
-            self._idle.set()
+        self._tell_idle()
 
     async def idle(self) -> None:
-        """Waits until nothing that was let in is left."""
-        while self._running or self._neighbours:
+        """Waits until nothing is left that was let in or waits for it."""
+        while self.load.total:
             self._idle = asyncio.Event()
             await self._idle.wait()
+
+    def _tell_idle(self) -> None:
+        if self._idle is not None and not self.load.total:
+            self._idle.set()
 
     def _count(self, change: int, *, neighbour: bool) -> None:
         if neighbour:
@@ -143,6 +146,7 @@ class Admission:
                 self.leave(neighbour=neighbour)
             elif waiter in queue:
                 queue.remove(waiter)
+                self._tell_idle()
             raise
 
     def _let_in(self) -> None:
@@ -217,7 +221,7 @@ class Rate:
 
 
 class Bodies:
-    """Bytes of bodies that are being read, all connections together.
+    """Bytes of bodies that did not come with their head, from their first byte until they are answered.
 
     Args:
         most: Most bytes at once.
@@ -227,17 +231,31 @@ class Bodies:
         self._most = most
         self._held = 0
 
-    @contextmanager
-    def reading(self, size: int) -> Iterator[None]:
-        """Sets bytes aside for the length of a block.
+    @property
+    def held(self) -> int:
+        """Bytes that are set aside now."""
+        return self._held
+
+    def take(self, size: int, *, instead_of: int = 0) -> int:
+        """Sets bytes aside; `give` gives them back.
+
+        Args:
+            size: How many.
+            instead_of: Bytes that were set aside before for the same body, when its size was not known.
+
+        Returns:
+            `size`.
 
         Raises:
-            ApiError: 429, if too many are being read.
+            ApiError: 429, if too many are set aside already.
         """
-        if self._held + size > self._most and self._held:
-            raise ApiError(429, "too many large requests are being read", code="overloaded", hint="try again")
+        self._held -= instead_of
+        if self._held + size > self._most and self._held and size > instead_of:
+            self._held += instead_of
+            raise ApiError(429, "too many large requests are being answered", code="overloaded", hint="try again later")
         self._held += size
-        try:
-            yield
-        finally:
-            self._held -= size
+        return size
+
+    def give(self, size: int) -> None:
+        """Gives bytes back."""
+        self._held -= size

@@ -21,6 +21,10 @@ GATHER_S: Final = 0.1
 """Seconds in which lines are gathered before they are written: nobody who watches a log sees it, and a kill loses no
 more than these."""
 
+CLOSE_S: Final = 2.0
+"""Seconds that the last lines may take to be written. A pipe whose reader has stopped reading takes none, and the
+process must end all the same."""
+
 MAX_TRACE_CHARS: Final = 8_000
 """Characters of a traceback that are kept: its end, which says what happened."""
 
@@ -29,7 +33,8 @@ class JsonLog(logging.Handler):
     """Writes records of `logging`, and lines given as they are.
 
     Args:
-        out: Where to; closed by whoever opened it.
+        out: Where to, best unbuffered: what a buffer cannot write it keeps, and fails with again when it is closed.
+            Closed by whoever opened it.
         level: Least level of records.
     """
 
@@ -38,6 +43,7 @@ class JsonLog(logging.Handler):
         self._out = out
         self._lines: deque[bytes] = deque()
         self._dropped = 0
+        self._torn = False  # whether the last line written may be cut off
         self._some = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._write, name="agora-log", daemon=True)
@@ -60,10 +66,10 @@ class JsonLog(logging.Handler):
         plain: dict[str, Any] = {
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _valid(record.getMessage()),
         }
         if record.exc_info and record.exc_info[0] is not None:
-            plain["trace"] = "".join(traceback.format_exception(*record.exc_info))[-MAX_TRACE_CHARS:]
+            plain["trace"] = _valid("".join(traceback.format_exception(*record.exc_info))[-MAX_TRACE_CHARS:])
         self.line(plain)
 
     def __enter__(self) -> JsonLog:
@@ -82,10 +88,10 @@ class JsonLog(logging.Handler):
         self.close()
 
     def close(self) -> None:
-        """Writes what waits, and ends."""
+        """Writes what waits, and ends; what nobody takes within `CLOSE_S` is given up."""
         self._closing.set()
         self._some.set()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
         super().close()
 
     def _write(self) -> None:
@@ -96,9 +102,22 @@ class JsonLog(logging.Handler):
             self._closing.wait(GATHER_S)
             self._some.clear()
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
+            left = memoryview((b"\n" if self._torn else b"") + b"".join(lines))
+            size = len(left)
             try:
-                self._out.write(b"".join(lines))
+                while left:
+                    written = self._out.write(left)
+                    if not written:
+                        raise BlockingIOError("nothing is taken")
+                    left = left[written:]
                 self._out.flush()
+                self._torn = False
             except (OSError, ValueError):
                 # Nobody reads it any more, or the disk is full: answering goes on.
                 self._dropped += len(lines)
+                self._torn = self._torn or len(left) < size
+
+
+def _valid(text: str) -> str:
+    """The text without what UTF-8 cannot write: bytes of a header that are none reach Python as lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -26,7 +26,7 @@ from agora.serve.metrics import Metrics
 from agora.serve.neighbours import Neighbours
 from agora.serve.runs import Runs
 from agora.square import Expert, Square
-from experts.build import open_square
+from experts.build import check_keys, open_square
 from experts.models import ModelStore
 from experts.nodes import OnPull
 from graphs.build import Graph, build_graph, open_router
@@ -56,7 +56,7 @@ class Node:
         keys: Who may ask.
         admission: How many at once.
         rate: How many in a minute.
-        bodies: Bytes being read.
+        bodies: Bytes of bodies.
         metrics: What it counts.
         log: Where requests are logged, if they are.
         draining: Whether it is about to end and takes nothing new.
@@ -143,6 +143,7 @@ async def open_node(
         )
     if taken := {GRAPH, config.graph.name} & set(config.experts):
         raise ConfigError(f"{config.origin}: experts may not be called {sorted(taken)}: so the graph is called")
+    check_keys(config, neighbours=True)
     async with AsyncExitStack() as stack:
         run_store = await stack.enter_async_context(RunStore.open(config.store.where))
         square = await open_square(config, store=store, pull=pull, progress=progress)

@@ -15,10 +15,10 @@ from agora.errors import AgoraError, BackendError, BackendTimeout, DeadlineExcee
 from agora.events import AttemptStarted, Event, Planned, RunFailed, RunFinished
 from agora.serve.answer import DONE, usage_body
 from agora.serve.asked import Asked
-from agora.serve.errors import JSON, ApiError, error_body
+from agora.serve.errors import JSON, STATUS, ApiError, error_body
 from agora.serve.sse import EventStream
 from agora.serve.wire import ChatMessage, ChatRequest, checked
-from agora.types import Answer, Budget, Failure, RunResult, Usage
+from agora.types import Answer, Budget, Failure, RunResult, Usage, checked_question
 from graphs.build import Graph
 from graphs.run import run, stream
 
@@ -29,6 +29,14 @@ CODES: Final[Mapping[str, type[AgoraError]]] = {
     c.code: c for c in (DeadlineExceeded, NoExpert, BackendTimeout, Overloaded, Unavailable)
 }
 """Errors that stand for a failure when nothing at all was answered; others are told as `BackendError`."""
+
+
+MAX_RUN_ID_CHARS: Final = 128
+"""Characters of a run's id, as `graphs.run` has them."""
+
+KEPT_BACK_S: Final = 1.0
+"""Seconds of a request's time that a run is not given, to tell what is answered by then; of a short time a twentieth.
+Were it given all of it, the request would end first, and with it what was answered."""
 
 
 async def reason(asked: Asked, graph: Graph) -> web.StreamResponse:
@@ -51,19 +59,20 @@ async def reason(asked: Asked, graph: Graph) -> web.StreamResponse:
         raise ApiError(
             400, "a graph's answer has no log-probabilities", code="unsupported", param="logprobs", hint="ask an expert"
         )
-    question = question_of(body.messages)
+    question, before = question_of(body.messages)
+    checked_question(question)
     budget = _budget(body, asked.left_s, asked.node.config.graph.deadline_s)
     words = _Words(asked, body)
     if body.stream:
-        return await _stream(asked, words, graph, question, budget)
-    result = await run(graph, question, run_id=f"chat-{asked.request_id}", budget=budget)
+        return await _stream(asked, words, graph, question, before, budget)
+    result = await run(graph, question, run_id=_run_id(asked), budget=budget, said_before=before)
     _answered(result)
     asked.node.metrics.tokens(asked.model, result.usage)
     return web.Response(body=orjson.dumps(words.whole(result)), content_type=JSON)
 
 
-def question_of(messages: Sequence[ChatMessage]) -> str:
-    """The question that a chat asks: its last message, after what was said before.
+def question_of(messages: Sequence[ChatMessage]) -> tuple[str, str]:
+    """The question that a chat asks, its last message, and what was said before it.
 
     Raises:
         ApiError: 400, if the last message is not the user's.
@@ -76,16 +85,22 @@ def question_of(messages: Sequence[ChatMessage]) -> str:
             code="invalid_value",
             param="messages",
         )
-    if len(said) == 1:
-        return said[0].content
-    # Experts see one question each: what it may refer to has to stand in it.
-    before = "\n".join(f"{m.role}: {m.content}" for m in said[:-1])
-    return f"{said[-1].content}\n\nWhat was said before:\n{before}"
+    # Experts see one text each: instructions and what the question may refer to have to stand in it.
+    parts = [m.content for m in said if m.role == "system"]
+    if turns := "\n".join(f"{m.role}: {m.content}" for m in said[:-1] if m.role != "system"):
+        parts.append(f"What was said before:\n{turns}")
+    return said[-1].content, "\n\n".join(p for p in parts if p.strip())
+
+
+def _run_id(asked: Asked) -> str:
+    """What to call the run, which is kept nowhere: after the request, whose id may have more characters and kinds."""
+    return f"chat-{asked.request_id.replace(':', '.')}"[:MAX_RUN_ID_CHARS]
 
 
 def _budget(body: ChatRequest, left_s: float, usual: float | None) -> Budget:
     asked = body.budget
-    deadlines = [d for d in (left_s, usual, asked.deadline_s if asked else None) if d is not None]
+    given_s = left_s - min(KEPT_BACK_S, left_s / 20)
+    deadlines = [d for d in (given_s, usual, asked.deadline_s if asked else None) if d is not None]
     return Budget(
         deadline_s=min(deadlines),
         cost=asked.cost if asked else None,
@@ -154,18 +169,21 @@ class _Words:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_body(usage)}
 
 
-async def _stream(asked: Asked, words: _Words, graph: Graph, question: str, budget: Budget) -> web.StreamResponse:
+async def _stream(
+    asked: Asked, words: _Words, graph: Graph, question: str, before: str, budget: Budget
+) -> web.StreamResponse:
     """Tells how it goes on as comments, which clients of OpenAI's pass over, and then the answer."""
-    run_id = f"chat-{asked.request_id}"
+    events_of = stream(graph, question, run_id=_run_id(asked), budget=budget, said_before=before)
     async with EventStream(asked.request, headers=asked.headers) as out:
+        asked.begun(out.response)
         await out.send(orjson.dumps(words.piece({"role": "assistant", "content": ""})))
         try:
-            async with aclosing(stream(graph, question, run_id=run_id, budget=budget)) as events:
+            async with aclosing(events_of) as events:
                 async for event in events:
                     if (line := _progress(event)) is not None:
                         await out.send_encoded(b": %b\n\n" % line.encode())
                     if isinstance(event, RunFailed):
-                        raise CODES.get(event.code, AgoraError)(event.message)
+                        raise ApiError(STATUS.get(event.code, 500), event.message, code=event.code)
                     if isinstance(event, RunFinished):
                         await _tell(asked, words, out, event.result)
         except AgoraError as e:

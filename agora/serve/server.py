@@ -21,6 +21,7 @@ from aiohttp import web
 
 from agora.errors import ConfigError
 from agora.serve.app import make_app
+from agora.serve.connections import Connection, reading, taken
 from agora.serve.errors import ApiError, error_body
 from agora.serve.node import Node
 
@@ -31,6 +32,9 @@ BACKLOG: Final = 512
 
 CUT_OFF_S: Final = 0.1
 """Seconds that handlers have to end once the drain is over, before they are cancelled: time for a last write."""
+
+LOOK_AGAIN_S: Final = 0.05
+"""Seconds after which the end of a drain looks again for bodies that are still arriving."""
 
 MAX_HEADERS: Final = 100
 """Header lines of one request; browsers behind proxies send 40."""
@@ -72,40 +76,44 @@ async def listening(node: Node, *, host: str, port: int) -> AsyncIterator[str]:
         ConfigError: If the address cannot be bound.
     """
     limits = node.config.server
-    runner = web.AppRunner(
-        make_app(node),
-        access_log=None,
-        handler_cancellation=True,
+    each: dict[str, Any] = {
+        "access_log": None,
         # How long a connection may be idle, or busy with the head of a request: aiohttp counts both as one.
-        keepalive_timeout=limits.header_timeout_s,
-        max_headers=MAX_HEADERS,
-        max_line_size=MAX_LINE_BYTES,
-        max_field_size=MAX_LINE_BYTES,
-        lingering_time=1.0,
-        shutdown_timeout=CUT_OFF_S,
-    )
+        "keepalive_timeout": limits.header_timeout_s,
+        "max_headers": MAX_HEADERS,
+        "max_line_size": MAX_LINE_BYTES,
+        "max_field_size": MAX_LINE_BYTES,
+        "lingering_time": 1.0,
+    }
+    runner = web.AppRunner(make_app(node), handler_cancellation=True, shutdown_timeout=CUT_OFF_S, **each)
     await runner.setup()
     try:
         server = runner.server
         assert server is not None
 
+        loop = asyncio.get_running_loop()
+
         def accept() -> asyncio.Protocol:
-            return server() if len(server.connections) < limits.max_connections else _TooMany()
+            if len(server.connections) >= limits.max_connections:
+                return _TooMany()
+            return Connection(server, loop=loop, **each)
 
         try:
-            listener = await asyncio.get_running_loop().create_server(accept, host, port, backlog=BACKLOG)
+            listener = await loop.create_server(accept, host, port, backlog=BACKLOG)
         except OSError as e:
             raise ConfigError(
                 f"cannot listen on {host}:{port}: {e.strerror or e}",
                 hint="is another program using the port? Choose one with --port, or [server] port",
             ) from e
         try:
-            yield _url(host, listener.sockets[0])
+            async with reading(server):
+                yield _url(host, listener.sockets[0])
         finally:
             listener.close()
             with contextlib.suppress(TimeoutError):
                 # Only closed, not waited for without end: 3.12 waits for connections too.
                 await asyncio.wait_for(listener.wait_closed(), 1.0)
+            await taken(server)
     finally:
         await runner.cleanup()
 
@@ -153,7 +161,7 @@ async def serve(
 async def drain(node: Node, hurry: asyncio.Event) -> None:
     """Lets what is in flight end, for as long as the configuration allows or until `hurry` is set."""
     patience = node.config.server.drain_s
-    ends: asyncio.Future[Any] = asyncio.gather(node.admission.idle(), node.runs.aclose(patience))
+    ends: asyncio.Future[Any] = asyncio.gather(_quiet(node), node.runs.aclose(patience))
     hurried: asyncio.Future[Any] = asyncio.ensure_future(hurry.wait())
     try:
         await asyncio.wait({ends, hurried}, timeout=patience + 1.0, return_when=asyncio.FIRST_COMPLETED)
@@ -166,3 +174,11 @@ async def drain(node: Node, hurry: asyncio.Event) -> None:
                 await ends
         else:
             ends.result()
+
+
+async def _quiet(node: Node) -> None:
+    """Waits until everything that was let in is answered: also what was still on its way in."""
+    await node.admission.idle()
+    while node.bodies.held:
+        await asyncio.sleep(LOOK_AGAIN_S)
+        await node.admission.idle()

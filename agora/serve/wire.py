@@ -6,6 +6,7 @@ For an expert behind an OpenAI-compatible server only `Envelope` is checked here
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -23,6 +24,9 @@ MAX_CHOICES: Final = 8
 
 MAX_TOKENS: Final = 1_000_000
 """Most tokens that may be asked for: past every context there is."""
+
+MAX_SHOWN_CHARS: Final = 80
+"""Characters of a wrong value that an error shows."""
 
 HARMFUL: Final[Mapping[str, str]] = {
     "prompt_logprobs": "it stops some servers that batch requests with adapters",
@@ -47,6 +51,20 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class Lenient(Body):
+    """A body in which a field that is unknown here may stand with null: so clients send what nobody asked them for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, plain: Any) -> Any:
+        if isinstance(plain, dict) and None in plain.values():
+            return {k: v for k, v in plain.items() if v is not None or k in cls.model_fields}
+        return plain
+
+
+Empty = Annotated[list[Any], Field(max_length=0)]
+
+
 class TextPart(Body):
     """A part of a message's content; this gateway's own experts read text."""
 
@@ -54,12 +72,14 @@ class TextPart(Body):
     text: Content
 
 
-class ChatMessage(Body):
-    """One turn of a chat."""
+class ChatMessage(Lenient):
+    """One turn of a chat; an answer of this gateway or another can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content | Annotated[list[TextPart], Field(min_length=1, max_length=100)]
     name: Annotated[str, StringConstraints(max_length=64)] | None = None
+    annotations: Empty | None = None
+    tool_calls: Empty | None = None
 
     def plain(self) -> Message:
         """The message as backends take it."""
@@ -105,8 +125,8 @@ class BudgetBody(Body):
     tokens: Annotated[int, Field(ge=1, le=10**9)] | None = None
 
 
-class _Sampling(Body):
-    """What chats and completions have in common."""
+class _Sampling(Lenient):
+    """What chats and completions have in common. Fields that change no answer are taken, and not used."""
 
     model: ModelName
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
@@ -125,6 +145,7 @@ class _Sampling(Body):
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
 
     @property
@@ -148,11 +169,16 @@ class ChatRequest(_Sampling):
     response_format: ResponseFormat | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     store: Literal[False] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    parallel_tool_calls: bool | None = None
+    service_tier: Annotated[str, StringConstraints(max_length=64)] | None = None
+    safety_identifier: Annotated[str, StringConstraints(max_length=512)] | None = None
+    prompt_cache_key: Annotated[str, StringConstraints(max_length=512)] | None = None
     budget: BudgetBody | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream = true")
@@ -192,10 +218,13 @@ class ChatRequest(_Sampling):
         return {"type": "object"} if wanted.json_schema is None else wanted.json_schema.schema_
 
 
+Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUESTION_CHARS)]
+
+
 class CompletionRequest(_Sampling):
     """`POST /v1/completions`: raw text to go on with; the expert's system prompt has no place in it."""
 
-    prompt: Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUESTION_CHARS)]
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: Literal[False] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
@@ -218,7 +247,7 @@ class CompletionRequest(_Sampling):
             InvalidRequest: If it cannot be asked.
         """
         return GenerateRequest(
-            prompt=self.prompt,
+            prompt=self.prompt if isinstance(self.prompt, str) else self.prompt[0],
             max_tokens=capped(self.limit, expert),
             temperature=expert.temperature if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -252,17 +281,23 @@ def checked(model: type[T], body: Mapping[str, Any]) -> T:
 
 def refusal(error: ValidationError) -> ApiError:
     """What is told of a body that does not fit its model."""
-    first = min(error.errors(include_url=False, include_context=False), key=lambda e: len(e["loc"]))
+    errors = error.errors(include_url=False, include_context=False)
+    # Of a list that may also be text, what is wrong inside it says more than that it is no text.
+    inside = [e for e in errors if not (e["type"] == "string_type" and isinstance(e["input"], list))]
+    first = min(inside or errors, key=lambda e: len(e["loc"]))
     param = ".".join(
         str(p) for p in first["loc"] if not (isinstance(p, str) and p.startswith(("list[", "str", "constrained")))
     )
     what = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: not a field that is known here", code="unknown_field", param=param)
-    seen = "" if first["type"] == "missing" or not param else f", got {_shown(first['input'])}"
+    seen = "" if first["type"] == "missing" or not param else f", got {shown(first['input'])}"
     return ApiError(400, f"{param or 'body'}: {what}{seen}", code="invalid_value", param=param or None)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+def shown(value: Any) -> str:
+    """A value of a body as an error tells it: its beginning, however large it is and however deep."""
+    brief = Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = MAX_SHOWN_CHARS
+    text = brief.repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 1]}…"

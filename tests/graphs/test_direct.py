@@ -109,3 +109,19 @@ async def test_tracing_gets_langgraph(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         get_env_var.cache_clear()
     assert dataclasses.is_dataclass(how_of(graph))
+
+
+async def test_what_was_said_before_is_told_to_everyone_asked_either_way() -> None:
+    for checkpointer in (None, InMemorySaver()):
+        backend = FakeBackend()
+        everyone = Square([Expert(card=ExpertCard(name="a", description="a"), backend=backend)])
+        graph = horizontal(
+            everyone, planner=StaticPlanner([Subtask(id="t1", question="Why?")]), checkpointer=checkpointer
+        )
+        result = await run(graph, "Why?", said_before="user: Is it so?")
+        assert result.question == "Why?"
+        assert result.graph.order[0].question == "Why?"
+        assert result.text == "user: Is it so?\n\nWhy?"
+        assert (await run(graph, "Why?")).text == "Why?"
+        with pytest.raises(InvalidRequest, match="what was said before it have 100,0"):
+            await run(graph, "Why?", said_before="x" * 99_999)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 import zlib
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
+from agora.serve import connections
+from agora.serve.limits import Bodies
 
 GOOD = {"model": "one", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -204,3 +208,88 @@ async def test_a_bug_is_told_as_one_and_says_nothing_of_itself(gateway: Any, mon
     assert status == 500
     assert body["error"]["code"] == "internal_error"
     assert "ZeroDivision" not in json.dumps(body)
+
+
+async def test_a_body_that_is_not_what_its_encoding_says_is_refused(gateway: Any) -> None:
+    async with gateway.http.post(
+        f"{gateway.url}/v1/chat/completions",
+        data=b"this is no gzip",
+        headers={"Content-Type": "application/json", "Content-Encoding": "gzip"},
+    ) as reply:
+        assert reply.status == 400
+        assert (await reply.json())["error"]["code"] == "invalid_body"
+    await works(gateway)
+
+
+async def test_a_value_too_deep_to_be_shown_is_refused(gateway: Any) -> None:
+    for field in (b'"metadata"', b'"stream"'):
+        body = json.dumps(GOOD).encode()[:-1] + b"," + field + b":" + b'{"a":' * 1000 + b"1" + b"}" * 1001
+        async with gateway.http.post(
+            f"{gateway.url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
+        ) as reply:
+            assert reply.status == 400
+            assert len(await reply.read()) < 500
+    await works(gateway)
+
+
+async def test_what_is_no_http_is_told_in_the_same_shape_and_its_bytes_are_not_logged(
+    gateway: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key that is sent in a broken header must not stand in the log."""
+    caplog.set_level("DEBUG")
+    said = await raw(gateway, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer agora-secret\x00\r\n\r\n")
+    head, _, body = said.partition(b"\r\n\r\n")
+    assert b" 400 " in head
+    error = json.loads(body)["error"]
+    assert (error["code"], error["type"]) == ("invalid_http", "invalid_request_error")
+    assert "agora-secret" not in json.dumps(error)
+    assert "is not HTTP" in caplog.text
+    assert "agora-secret" not in caplog.text
+    await works(gateway)
+
+
+async def test_a_client_that_does_not_read_its_answer_is_cut_off(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else bounds how long the answer is kept for it: the request has long given its place back."""
+    monkeypatch.setattr(connections, "UNREAD_S", 0.2)
+    gateway = await start()
+    where = urlsplit(gateway.url)
+    body = json.dumps({"model": "dull", "messages": [{"role": "user", "content": "x" * 90_000}]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    request = b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body)
+    with socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(lazy, (where.hostname, where.port))
+        with pytest.raises(OSError):
+            async with asyncio.timeout(10):
+                while True:
+                    await loop.sock_sendall(lazy, request)
+    assert gateway.node.admission.load.total == 0
+    await works(gateway)
+
+
+async def test_large_bodies_count_until_they_are_answered(gateway: Any) -> None:
+    """Also while they wait for a place: a thousand of them would fill the memory."""
+    gateway.node.bodies = Bodies(900_000)
+
+    async def large(model: str) -> tuple[int, Any]:
+        body = json.dumps({**GOOD, "model": model}).encode() + b" " * 600_000
+        async with gateway.http.post(
+            f"{gateway.url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"}
+        ) as reply:
+            return reply.status, await reply.json()
+
+    slow = asyncio.ensure_future(large("slow"))
+    while not gateway.node.square.get("slow").backend.load.running:
+        assert not slow.done()
+        await asyncio.sleep(0.01)
+    status, body = await large("one")
+    assert (status, body["error"]["code"]) == (429, "overloaded")
+    await works(gateway)
+    slow.cancel()
+    async with asyncio.timeout(5):
+        while gateway.node.bodies.held:
+            await asyncio.sleep(0.01)
+    assert (await large("one"))[0] == 200
+    assert gateway.node.bodies.held == 0

@@ -130,16 +130,166 @@ async def test_a_graph_is_streamed_with_comments_on_the_way(gateway: Any) -> Non
     assert ": t1: asking one" in text
 
 
-async def test_a_graph_is_told_what_was_said_before(gateway: Any) -> None:
+RULES = """
+[nodes.echo]
+kind = "fake"
+
+[experts.parrot]
+node = "echo"
+description = "everything"
+
+[graph]
+planner = "rules"
+router = "keywords"
+"""
+
+TIMES = """
+[nodes.steady]
+kind = "fake"
+reply = "one two three four five six seven eight nine ten"
+seconds_per_token = 0.1
+
+[nodes.quick]
+kind = "fake"
+reply = "here it is"
+
+[nodes.never]
+kind = "fake"
+latency_s = 60.0
+
+[experts.steady]
+node = "steady"
+description = "numbers"
+
+[experts.quick]
+node = "quick"
+description = "speed"
+
+[experts.never]
+node = "never"
+description = "silence"
+
+[graph]
+planner = "static"
+router = "keywords"
+
+[[graph.subtasks]]
+id = "t1"
+question = "{question}"
+expert = "quick"
+
+[[graph.subtasks]]
+id = "t2"
+question = "{question}"
+expert = "never"
+"""
+
+
+async def test_a_graph_plans_over_the_last_message_and_tells_experts_what_was_said_before(start: Any) -> None:
+    """Most clients send a system message or the turns before: what stands in them is not asked again."""
+    gateway = await start(experts=RULES)
     messages = [
-        {"role": "user", "content": "What is the capital of France?"},
-        {"role": "assistant", "content": "Paris."},
-        {"role": "user", "content": "And of Italy?"},
+        {"role": "system", "content": "You are a guide. Be brief. What you do not know you leave out."},
+        {"role": "user", "content": "What is the capital of France? Who built it?"},
+        {"role": "assistant", "content": "Paris. Do you want more?"},
+        {"role": "user", "content": "Where is Rome? Who founded Athens?"},
     ]
     _, body = await gateway.post("/v1/chat/completions", {"model": "agora", "messages": messages})
-    question = body["agora"]["subtasks"][0]["question"]
-    assert question.startswith("And of Italy?")
-    assert "user: What is the capital of France?\nassistant: Paris." in question
+    assert [s["question"] for s in body["agora"]["subtasks"]] == ["Where is Rome?", "Who founded Athens?"]
+    told = (
+        "You are a guide. Be brief. What you do not know you leave out.\n\nWhat was said before:\n"
+        "user: What is the capital of France? Who built it?\nassistant: Paris. Do you want more?\n\n"
+    )
+    text = body["choices"][0]["message"]["content"]
+    assert text.startswith("Where is Rome?\n")
+    assert told + "Where is Rome?" in text
+    assert told + "Who founded Athens?" in text
+
+
+async def test_a_graph_answers_with_what_it_has_when_the_time_is_up(start: Any) -> None:
+    gateway = await start("[server]\nrequest_timeout_s = 1.0", experts=TIMES)
+    status, body = await gateway.chat("agora")
+    assert status == 200
+    assert body["choices"][0]["message"]["content"].startswith("here it is")
+    assert body["agora"]["missing"] == ["t2"]
+
+
+async def test_a_graph_can_be_asked_under_any_id_that_a_request_may_have(gateway: Any) -> None:
+    for request_id in ("trace:1.a_b", "x" * 128):
+        status, body = await gateway.post(
+            "/v1/chat/completions", {"model": "agora", "messages": MESSAGES}, **{"X-Request-Id": request_id}
+        )
+        assert status == 200, body
+        assert body["id"] == f"chatcmpl-{request_id}"
+
+
+async def test_a_streamed_question_that_cannot_be_asked_is_refused_too(gateway: Any) -> None:
+    status, body = await gateway.chat("agora", "  ", stream=True)
+    assert (status, body["error"]["code"]) == (400, "invalid_request")
+
+
+async def test_a_stream_whose_time_is_up_says_so_in_its_own_frame(start: Any) -> None:
+    """Not with a second head in the middle of its body, which the client would read as part of it."""
+    gateway = await start("[server]\nrequest_timeout_s = 0.35", experts=TIMES)
+    for _ in range(2):
+        async with gateway.http.post(
+            f"{gateway.url}/v1/chat/completions", json={"model": "steady", "messages": MESSAGES, "stream": True}
+        ) as reply:
+            text = await reply.text()
+        assert "HTTP/1.1" not in text
+        said = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+        assert len(said) >= 2
+        assert json.loads(said[0])["choices"][0]["delta"]["role"] == "assistant"
+        assert json.loads(said[-1])["error"]["code"] == "timeout"
+    async with gateway.http.get(f"{gateway.url}/metrics") as reply:
+        assert 'model="steady",route="/v1/chat/completions",status="200"} 2.0' in await reply.text()
+    assert gateway.node.square.get("steady").backend.load.total == 0
+    assert gateway.node.admission.load.total == 0
+
+
+@pytest.mark.parametrize("model", ["one", "agora"])
+async def test_what_clients_write_out_by_default_is_taken(gateway: Any, model: str) -> None:
+    """Fields without effect, and null for fields unknown here, as LangChain, LiteLLM and OpenAI's own client send."""
+    _, first = await gateway.chat(model)
+    messages = [*MESSAGES, first["choices"][0]["message"], {"role": "user", "content": "Why?", "name": None}]
+    messages[1] |= {"annotations": [], "tool_calls": None, "function_call": None, "audio": None}
+    status, body = await gateway.post(
+        "/v1/chat/completions",
+        {
+            "model": model,
+            "messages": messages,
+            "temperature": 1,
+            "top_p": 1,
+            "n": 1,
+            "stop": None,
+            "logprobs": False,
+            "top_logprobs": 0,
+            "presence_penalty": 0,
+            "frequency_penalty": 0.0,
+            "logit_bias": {},
+            "response_format": {"type": "text"},
+            "modalities": ["text"],
+            "parallel_tool_calls": True,
+            "service_tier": "auto",
+            "prompt_cache_key": "k",
+            "safety_identifier": "s",
+            "store": False,
+            "metadata": None,
+            "tools": None,
+            "tool_choice": None,
+            "reasoning_effort": None,
+            "stream_options": None,
+        },
+    )
+    assert status == 200, body
+
+
+async def test_one_prompt_may_stand_in_a_list(gateway: Any) -> None:
+    status, body = await gateway.post("/v1/completions", {"model": "one", "prompt": ["Six times"], "suffix": None})
+    assert status == 200
+    assert body["choices"][0]["text"] == TEXT
+    status, body = await gateway.post("/v1/completions", {"model": "one", "prompt": ["a", "b"]})
+    assert (status, body["error"]["param"]) == (400, "prompt")
 
 
 async def test_a_graph_keeps_to_the_budget_it_is_given(gateway: Any) -> None:
@@ -188,6 +338,9 @@ async def test_what_an_expert_fails_of_has_its_own_status(
         ({"stop": [""]}, "stop"),
         ({"tools": []}, "tools"),
         ({"temprature": 1}, "temprature"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
         ({"presence_penalty": 1}, "presence_penalty"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
     ],

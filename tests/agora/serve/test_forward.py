@@ -290,9 +290,11 @@ async def test_a_client_that_hangs_up_stops_the_server(gateway: Any, upstream: U
     await asyncio.wait_for(upstream.gone.wait(), 5)
 
 
-@pytest.mark.parametrize("field", ["prompt_logprobs", "echo", "priority", "best_of"])
-async def test_fields_that_can_harm_a_server_are_not_passed_on(gateway: Any, upstream: Upstream, field: str) -> None:
-    status, body = await gateway.chat("plain", **{field: 1})
+@pytest.mark.parametrize(("field", "value"), [("prompt_logprobs", 0), ("echo", True), ("priority", 1), ("best_of", 2)])
+async def test_fields_that_can_harm_a_server_are_not_passed_on(
+    gateway: Any, upstream: Upstream, field: str, value: Any
+) -> None:
+    status, body = await gateway.chat("plain", **{field: value})
     assert status == 400
     assert body["error"]["param"] == field
     assert not upstream.bodies
@@ -302,3 +304,58 @@ async def test_fields_that_can_harm_a_server_are_not_passed_on(gateway: Any, ups
 async def test_what_would_multiply_the_work_is_refused(gateway: Any, upstream: Upstream, more: dict[str, Any]) -> None:
     assert (await gateway.chat("plain", **more))[0] == 400
     assert not upstream.bodies
+
+
+async def test_harmful_fields_with_harmless_values_are_left_out(gateway: Any, upstream: Upstream) -> None:
+    """So clients send them that write out every default."""
+    sent = {"model": "plain", "prompt": "x", "echo": False, "best_of": 1, "prompt_logprobs": None}
+    assert (await gateway.post("/v1/completions", sent))[0] == 200
+    assert not {"echo", "best_of", "prompt_logprobs"} & upstream.body.keys()
+
+
+async def test_a_limit_that_is_null_is_none(gateway: Any, upstream: Upstream) -> None:
+    await gateway.chat("plain", max_completion_tokens=None, max_tokens=5)
+    assert upstream.body["max_tokens"] == 5
+
+
+async def test_a_body_nested_too_deep_to_pass_on_is_refused(gateway: Any, upstream: Upstream) -> None:
+    deep: Any = 1
+    for _ in range(500):
+        deep = {"a": deep}
+    status, body = await gateway.chat("plain", tools=[deep])
+    assert (status, body["error"]["code"]) == (400, "invalid_json")
+    assert (await gateway.chat("plain", n=deep))[0] == 400
+    assert not upstream.bodies
+
+
+async def test_a_stream_whose_time_is_up_says_so_in_its_own_frame(gateway: Any, upstream: Upstream) -> None:
+    async def trickle(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        while True:
+            await response.write(b'data: {"choices":[]}\n\n')
+            await asyncio.sleep(0.1)
+
+    upstream.answer = trickle
+    async with gateway.http.post(
+        f"{gateway.url}/v1/chat/completions", json={"model": "plain", "messages": MESSAGES, "stream": True}
+    ) as reply:
+        text = await reply.text()
+    assert "HTTP/1.1" not in text
+    assert "[DONE]" not in text
+    assert json.loads(text.strip().rpartition("data: ")[2])["error"]["code"] == "timeout"
+    await asyncio.wait_for(upstream.gone.wait(), 5)
+    assert gateway.node.square.get("plain").backend.load.total == 0
+
+
+async def test_a_stream_that_is_none_is_found_out(gateway: Any, upstream: Upstream) -> None:
+    async def whole(request: web.Request) -> web.Response:
+        return web.json_response(REPLY)
+
+    async def empty(request: web.Request) -> web.Response:
+        return web.Response(content_type="text/event-stream")
+
+    for answer in (whole, empty):
+        upstream.answer = answer
+        status, body = await gateway.chat("plain", stream=True)
+        assert (status, body["error"]["code"]) == (502, "bad_reply")

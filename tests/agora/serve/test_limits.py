@@ -171,8 +171,35 @@ def test_a_minutes_requests_come_back_steadily() -> None:
 
 def test_bodies_are_bounded_together_but_one_is_always_read() -> None:
     bodies = Bodies(100)
-    with bodies.reading(500), pytest.raises(ApiError) as refused, bodies.reading(1):
-        pass
+    bodies.take(500)
+    with pytest.raises(ApiError) as refused:
+        bodies.take(1)
     assert refused.value.status == 429
-    with bodies.reading(60), bodies.reading(40):
-        pass
+    bodies.give(500)
+    first = bodies.take(60)
+    bodies.take(40)
+    with pytest.raises(ApiError):
+        bodies.take(61, instead_of=first)
+    assert bodies.held == 100
+    assert bodies.take(10, instead_of=first) == 10
+    assert bodies.held == 50
+
+
+async def test_it_is_idle_when_nobody_waits_either() -> None:
+    """A neighbour's work that waits for a busy expert was taken in, too: a drain waits for it."""
+    admission = Admission(running=2, waiting=2, neighbours=2)
+    busy = Busy(Load(running=1, waiting=1))
+    answered = asyncio.create_task(enter(admission, neighbour=True, backend=busy))
+    given_up = asyncio.create_task(enter(admission, neighbour=True, backend=busy))
+    await asyncio.sleep(0)
+    idle = asyncio.create_task(admission.idle())
+    await asyncio.sleep(0.02)
+    assert not idle.done()
+    given_up.cancel()
+    await asyncio.sleep(0.02)
+    assert not idle.done()
+    busy.load = Load(running=1)
+    await asyncio.wait_for(answered, 1)
+    assert not idle.done()
+    admission.leave(neighbour=True)
+    await asyncio.wait_for(idle, 1)

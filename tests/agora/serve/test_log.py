@@ -8,6 +8,8 @@ import logging
 import threading
 import time
 
+import pytest
+
 from agora.serve import log as module
 from agora.serve.log import JsonLog
 
@@ -61,3 +63,51 @@ def test_an_output_that_is_closed_is_no_error() -> None:
     with JsonLog(out) as log:
         out.close()
         log.line({"n": 1})
+
+
+def test_a_reader_that_stopped_reading_does_not_keep_the_process_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CLOSE_S", 0.1)
+    free = threading.Event()
+
+    class Stuck(io.BytesIO):
+        def write(self, data: object) -> int:
+            free.wait(10)
+            return super().write(data)  # type: ignore[arg-type]
+
+    began = time.monotonic()
+    with JsonLog(Stuck()) as log:
+        log.line({"n": 1})
+    assert time.monotonic() - began < 5
+    free.set()
+
+
+def test_a_line_that_a_full_disk_cut_off_does_not_spoil_the_next() -> None:
+    class Disk(io.BytesIO):
+        room: int | None = 10
+
+        def write(self, data: object) -> int:
+            if self.room is None:
+                return super().write(data)  # type: ignore[arg-type]
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            self.room, room = 0, self.room
+            return super().write(bytes(data)[:room])  # type: ignore[call-overload]
+
+    out = Disk()
+    with JsonLog(out) as log:
+        log.line({"n": 1})
+        while not log._dropped:
+            time.sleep(0.01)
+        out.room = None
+        log.line({"n": 2})
+    torn, whole = out.getvalue().splitlines()
+    assert len(torn) == 10
+    assert json.loads(whole)["n"] == 2
+
+
+def test_a_record_with_what_is_no_text_is_written_all_the_same() -> None:
+    """Bytes of a header that are no UTF-8 reach Python as lone surrogates, which JSON cannot hold."""
+    out = io.BytesIO()
+    with JsonLog(out):
+        logging.getLogger("agora.test").warning("host %s", "\udcff")
+    assert lines(out)[0]["message"] == "host \\udcff"

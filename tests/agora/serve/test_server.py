@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -193,6 +194,26 @@ def test_a_run_that_was_accepted_outlives_a_kill(serve: Serve) -> None:
     assert again.end() == 0
 
 
+def test_what_was_accepted_is_not_lost_in_a_drain(serve: Serve) -> None:
+    """A request whose body is still on its way."""
+    served = serve()
+    where = urlsplit(served.url)
+    text = "x" * 90_000
+
+    assert where.hostname is not None and where.port is not None
+    body = json.dumps({"model": "one", "messages": [{"role": "user", "content": text}]}).encode()
+    with socket.create_connection((where.hostname, where.port), timeout=10) as late:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        late.sendall(b"%bContent-Length: %d\r\n\r\n%b" % (head, len(body), body[:1000]))
+        time.sleep(0.2)
+        served.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: served.get("/readyz")[0] == 503)
+        time.sleep(0.2)
+        late.sendall(body[1000:])
+        assert late.recv(12) == b"HTTP/1.1 200"
+    assert served.process.wait(20) == 0
+
+
 def refused(folder: Path, config: str, *more: str) -> str:
     (folder / "agora.toml").write_text(config)
     done = subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=60)
@@ -217,6 +238,26 @@ def test_other_machines_are_not_served_without_keys(tmp_path: Path) -> None:
 def test_an_expert_may_not_be_called_like_the_graph(tmp_path: Path) -> None:
     said = refused(tmp_path, CONFIG.format(server="", latency=0).replace("experts.one", "experts.agora"))
     assert "agora" in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+def test_a_full_disk_keeps_nobody_from_an_answer(tmp_path: Path) -> None:
+    (tmp_path / "agora.toml").write_text(CONFIG.format(server="", latency=0))
+    process = subprocess.Popen(
+        command(tmp_path, "--port", "0", "--log", "/dev/full"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None and process.stderr is not None
+        found = re.search(r"http://\S+?(?=/v1)", process.stdout.readline())
+        assert found
+        served = Served(process, found[0])
+        chat = {"model": "one", "messages": [{"role": "user", "content": "x"}]}
+        assert served.post("/v1/chat/completions", chat)[0] == 200
+        assert served.end() == 0
+        assert "error" not in process.stderr.read()
 
 
 def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:

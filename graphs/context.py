@@ -1,0 +1,60 @@
+"""What was said before a question: told to whoever is asked for a part of it, planned over by nobody.
+
+A planner that read it with the question would make subtasks of old questions and of instructions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from agora.errors import InvalidRequest
+from agora.types import MAX_QUESTION_CHARS, Attempt, Subtask, checked_question
+from graphs.crew import Crew, OnEnd, OnStart
+from graphs.execution import Ask, How
+from graphs.spend import Spend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Informed(Crew):
+    """A crew whose every member is told the same before its question.
+
+    Attributes:
+        said_before: What they are told.
+    """
+
+    said_before: str
+
+    async def solve(
+        self,
+        subtask: Subtask,
+        question: str,
+        *,
+        spend: Spend,
+        deadline: float | None,
+        on_start: OnStart,
+        on_end: OnEnd,
+    ) -> tuple[Attempt, ...]:
+        """See `Crew.solve`; who is chosen depends on what was said before, too."""
+        text = f"{self.said_before}\n\n{question}"
+        return await Crew.solve(self, subtask, text, spend=spend, deadline=deadline, on_start=on_start, on_end=on_end)
+
+
+def informed(how: How, state: Ask) -> How:
+    """How a run goes whose question comes with something that was said before it; `how` itself if nothing was.
+
+    Raises:
+        InvalidRequest: If it is no text, or too long together with the question.
+    """
+    said_before = state.get("said_before")
+    if not said_before:
+        return how
+    checked_question(said_before, what="what was said before")
+    if (many := len(said_before) + len(state["question"])) > MAX_QUESTION_CHARS:
+        raise InvalidRequest(
+            f"the question and what was said before it have {many:,} characters; at most {MAX_QUESTION_CHARS:,} are "
+            "allowed",
+            hint="leave out the oldest of it",
+        )
+    crew = how.crew
+    told = Informed(square=crew.square, router=crew.router, max_attempts=crew.max_attempts, said_before=said_before)
+    return replace(how, crew=told)
