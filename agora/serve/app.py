@@ -230,7 +230,8 @@ def _from_here(request: web.Request, node: Node) -> None:
     of its own that it had resolved to this machine: requests under such names are refused.
     """
     host = (request.headers.get("Host") or "").strip()
-    name = host[1 : host.index("]")] if host.startswith("[") and "]" in host else host.partition(":")[0]
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    name = name[1:-1] if name.startswith("[") and name.endswith("]") else name
     if name.lower() not in LOOPBACK and name != node.config.server.host:
         raise ApiError(
             403,

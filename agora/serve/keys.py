@@ -15,10 +15,14 @@ import secrets
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
+
+from filelock import FileLock, Timeout
 
 from agora.errors import ConfigError, InvalidRequest
 from agora.serve.errors import ApiError
@@ -38,6 +42,9 @@ MAX_FILE_BYTES: Final = 1_000_000
 
 LOOK_AGAIN_S: Final = 1.0
 """Seconds after which the file is looked at again: how long a revoked key may still work."""
+
+LOCK_S: Final = 10.0
+"""Seconds to wait for another process that changes the file; it takes a few milliseconds."""
 
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -169,16 +176,19 @@ def new_key(file: Path, name: str, *, role: Role = Role.CLIENT) -> str:
         InvalidRequest: If the name is taken or malformed, or there are too many keys.
         ConfigError: If the file cannot be read or written.
     """
-    keys = read_keys(file)
     if ID.fullmatch(name) is None:
         raise InvalidRequest(f"key name {name!r} must match {ID.pattern}")
-    if any(k.name == name for k in keys):
-        raise InvalidRequest(f"there is already a key named {name!r}", hint="remove it first, or choose another name")
-    if len(keys) >= MAX_KEYS:
-        raise InvalidRequest(f"there are {len(keys)} keys, which is the limit", hint="remove some")
-    key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
-    kept = Key(name=name, sha256=hashlib.sha256(key.encode()).hexdigest(), role=role, created_at=time.time())
-    _write(file, [*keys, kept])
+    with _alone(file):
+        keys = read_keys(file)
+        if any(k.name == name for k in keys):
+            raise InvalidRequest(
+                f"there is already a key named {name!r}", hint="remove it first, or choose another name"
+            )
+        if len(keys) >= MAX_KEYS:
+            raise InvalidRequest(f"there are {len(keys)} keys, which is the limit", hint="remove some")
+        key = PREFIX + secrets.token_urlsafe(KEY_BYTES)
+        kept = Key(name=name, sha256=hashlib.sha256(key.encode()).hexdigest(), role=role, created_at=time.time())
+        _write(file, [*keys, kept])
     return key
 
 
@@ -189,11 +199,26 @@ def remove_key(file: Path, name: str) -> None:
         InvalidRequest: If there is none of that name.
         ConfigError: If the file cannot be read or written.
     """
-    keys = read_keys(file)
-    left = [k for k in keys if k.name != name]
-    if len(left) == len(keys):
-        raise InvalidRequest(f"there is no key named {name!r}; there are: {', '.join(k.name for k in keys) or 'none'}")
-    _write(file, left)
+    with _alone(file):
+        keys = read_keys(file)
+        left = [k for k in keys if k.name != name]
+        if len(left) == len(keys):
+            some = ", ".join(k.name for k in keys) or "none"
+            raise InvalidRequest(f"there is no key named {name!r}; there are: {some}")
+        _write(file, left)
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Keeps other processes from changing the file: of two keys made at the same time, none is lost."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_name(f"{file.name}.lock"), timeout=LOCK_S):
+            yield
+    except Timeout:
+        raise ConfigError(f"{file}: another process is changing it", hint="try again") from None
+    except OSError as e:
+        raise ConfigError(f"cannot write the file of keys {file}: {e.strerror}") from e
 
 
 def _identity(of: os.stat_result) -> tuple[int, int, int]:

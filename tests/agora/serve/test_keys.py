@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,14 @@ def test_names_are_unique_and_sound(tmp_path: Path) -> None:
         remove_key(file, "you")
 
 
+def test_keys_made_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda n: new_key(file, f"key-{n}"), range(16)))
+    ring = Keyring(file)
+    assert {ring.caller(f"Bearer {key}").name for key in made} == {f"key-{n}" for n in range(16)}
+
+
 def test_there_are_only_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "MAX_KEYS", 1)
     file = tmp_path / "keys.json"
@@ -161,5 +170,7 @@ async def test_without_keys_only_this_machine_is_served(start: Any) -> None:
     status, body = await gateway.get("/v1/models", Host="evil.example")
     assert status == 403
     assert body["error"]["code"] == "wrong_host"
+    for host in ("[::1]evil", "localhost.evil.example", "127.0.0.1.evil.example:80"):
+        assert (await gateway.get("/v1/models", Host=host))[0] in (400, 403)
     for host in ("localhost", "127.0.0.1:8711", "[::1]:5"):
         assert (await gateway.get("/v1/models", Host=host))[0] == 200
