@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 from agora.protocols import Backend, Load
@@ -31,7 +30,7 @@ MAX_BODIES_BYTES: Final = 256 * 2**20
 @dataclass(slots=True)
 class _Waiter:
     place: asyncio.Future[None]
-    free: Callable[[], bool]
+    backend: Backend | None
 
 
 class Admission:
@@ -99,10 +98,7 @@ class Admission:
         Raises:
             ApiError: 429, if too many wait already.
         """
-        if neighbour:
-            await self._wait(self._others, partial(_is_free, backend), neighbour=True)
-        else:
-            await self._wait(self._own, lambda: True, neighbour=False)
+        await self._wait(self._others if neighbour else self._own, backend, neighbour=neighbour)
 
     def leave(self, *, neighbour: bool) -> None:
         """Gives a place back."""
@@ -127,7 +123,7 @@ class Admission:
         else:
             self._running += change
 
-    async def _wait(self, queue: deque[_Waiter], free: Callable[[], bool], *, neighbour: bool) -> None:
+    async def _wait(self, queue: deque[_Waiter], backend: Backend | None, *, neighbour: bool) -> None:
         if len(queue) >= self._most_waiting:
             raise ApiError(
                 429,
@@ -135,7 +131,7 @@ class Admission:
                 code="overloaded",
                 hint="try again later, or ask another node",
             )
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), free)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), backend)
         queue.append(waiter)
         self._look_again_soon()
         try:
@@ -154,15 +150,23 @@ class Admission:
         while self._own and self._running < self._most:
             self._give(self._own.popleft(), neighbour=False)
         kept: list[_Waiter] = []
+        given: set[int] = set()
         while self._others and self._neighbours < self._most_neighbours:
             waiter = self._others.popleft()
-            if waiter.free():
+            backend = waiter.backend
+            if id(backend) not in given and _is_free(backend):
                 self._give(waiter, neighbour=True)
+                if backend is not None:
+                    given.add(id(backend))
             else:
                 # It keeps its turn; those behind it may ask for another expert.
                 kept.append(waiter)
         self._others.extendleft(reversed(kept))
-        self._look_again_soon()
+        if given and self._others:
+            # One for each expert: whether it is still free shows when this one has been taken on, a turn later.
+            asyncio.get_running_loop().call_soon(self._let_in)
+        else:
+            self._look_again_soon()
 
     def _give(self, waiter: _Waiter, *, neighbour: bool) -> None:
         """Gives a place to whoever still wants it: a wait may have been cancelled a moment ago."""

@@ -203,3 +203,34 @@ async def test_it_is_idle_when_nobody_waits_either() -> None:
     assert not idle.done()
     admission.leave(neighbour=True)
     await asyncio.wait_for(idle, 1)
+
+
+async def test_a_flood_from_neighbours_holds_up_no_request_of_the_nodes_own(start: Any) -> None:
+    """Sixty requests of 0.1 s on two places take 3 s; one of the node's own is answered after two of them at most."""
+    gateway = await start(
+        experts="""
+[nodes.busy]
+kind = "fake"
+reply = "done"
+latency_s = 0.1
+max_running = 2
+
+[experts.one]
+node = "busy"
+description = "everything"
+
+[graph]
+router = "keywords"
+"""
+    )
+    theirs = {"Agora-Hops": "1", "Agora-Path": "0123456789abcdef"}
+    body = {"model": "one", "messages": [{"role": "user", "content": "hi"}]}
+    flood = [asyncio.ensure_future(gateway.post("/v1/chat/completions", body, **theirs)) for _ in range(60)]
+    while gateway.node.admission.neighbours.total < 60:
+        await asyncio.sleep(0.01)
+    for model in ("one", "agora"):
+        status, _ = await gateway.chat(model)
+        assert status == 200
+    left = sum(not f.done() for f in flood)
+    assert left > 40
+    assert {status for status, _ in await asyncio.gather(*flood)} == {200}
