@@ -22,6 +22,7 @@ from agora.events import Event, RunFailed, RunFinished, RunState, apply
 from agora.types import Budget, RunResult
 
 if TYPE_CHECKING:
+    from agora.square import Square
     from graphs.build import Graph
     from graphs.store import RunStore
 
@@ -68,7 +69,32 @@ async def opened(
             square = await open_square(config, pull=pull, progress=view)
             stack.push_async_callback(square.aclose)
             routing = await stack.enter_async_context(open_router(config, pull=pull, progress=view))
+            if config.neighbours:
+                await stack.enter_async_context(_neighbours(config, square))
         yield build_graph(config, square, routing=routing, checkpointer=checkpointer)
+
+
+@asynccontextmanager
+async def _neighbours(config: Config, square: Square) -> AsyncIterator[None]:
+    """The neighbours' experts, in the square for as long as the block lasts."""
+    from agora.serve.neighbours import Neighbours
+    from agora.serve.node import node_name
+    from experts.build import check_keys
+    from experts.passage import new_node_id
+
+    check_keys(config, neighbours=True)
+    neighbours = Neighbours(
+        square,
+        config.neighbours,
+        node_id=new_node_id(),
+        node_name=node_name(config),
+        max_hops=config.server.max_hops,
+    )
+    await neighbours.start()
+    try:
+        yield
+    finally:
+        await neighbours.aclose()
 
 
 async def execute(invocation: Invocation, order: Order, store: RunStore | None) -> RunResult:

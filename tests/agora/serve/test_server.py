@@ -214,6 +214,34 @@ def test_what_was_accepted_is_not_lost_in_a_drain(serve: Serve) -> None:
     assert served.process.wait(20) == 0
 
 
+def test_the_command_line_asks_neighbours_too(serve: Serve, tmp_path: Path) -> None:
+    served = serve()
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "agora.toml").write_text(f"""
+[nodes.f]
+kind = "fake"
+reply = "from here"
+[experts.two]
+node = "f"
+description = "nothing"
+[neighbours.far]
+url = "{served.url}"
+[graph]
+planner = "static"
+router = "keywords"
+[[graph.subtasks]]
+id = "t1"
+question = "{{question}}"
+expert = "far.one"
+""")
+    run = [sys.executable, "-c", "from agora.cli.app import main; main()", "ask", "Anything?", "--no-store", "--json"]
+    done = subprocess.run([*run, "--config", str(alone / "agora.toml")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["text"], result["attempts"]["t1"][0]["expert"]) == ("done", "far.one")
+
+
 def refused(folder: Path, config: str, *more: str) -> str:
     (folder / "agora.toml").write_text(config)
     done = subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=60)
