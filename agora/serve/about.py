@@ -133,7 +133,7 @@ READINESS: Final = web.AppKey("readiness", Readiness)
 
 async def metrics(request: web.Request) -> web.Response:
     """`GET /metrics`: Prometheus' text format."""
-    return web.Response(body=request.app[NODE].metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    return web.Response(body=await request.app[NODE].metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def openapi(request: web.Request) -> web.Response:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -10,12 +11,30 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from agora.errors import BackendError
 from agora.serve.limits import Admission
 from agora.square import Square
 from agora.types import Usage
+from experts.vllm_client import VllmClient
+from experts.vllm_metrics import VllmMetrics
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Bounds of the histogram of answer times: from a gateway's own few milliseconds to the longest request allowed."""
+
+ENGINE_TIMEOUT_S: Final = 2.0
+"""Seconds that a vLLM server has to tell its metrics: Prometheus itself waits for 10 by default."""
+
+ENGINE_GAUGES: Final[tuple[tuple[str, str, Callable[[VllmMetrics], float | None]], ...]] = (
+    ("agora_vllm_running", "Requests that a vLLM server computes.", lambda m: m.running),
+    ("agora_vllm_waiting", "Requests in a vLLM server's queue.", lambda m: m.waiting),
+    ("agora_vllm_cache_use", "Part of a vLLM server's KV cache in use, 0 to 1.", lambda m: m.cache_use),
+    (
+        "agora_vllm_first_token_seconds",
+        "Mean time to the first token since a vLLM server started.",
+        lambda m: None if m.first_token is None else m.first_token.mean,
+    ),
+)
+"""What is told of a vLLM server: name, description, and where it stands in what the server tells."""
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -29,6 +48,7 @@ class Metrics:
     """
 
     def __init__(self, square: Square, admission: Admission) -> None:
+        self._square = square
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "agora_requests",
@@ -88,9 +108,39 @@ class Metrics:
         pair[0].inc(usage.prompt_tokens)
         pair[1].inc(usage.completion_tokens)
 
-    def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
-        return generate_latest(self.registry)
+    async def text(self) -> bytes:
+        """Everything, in Prometheus' text format; what vLLM servers tell of themselves is asked of them now."""
+        told = CollectorRegistry()
+        told.register(_Engines(await engines(self._square)))
+        return generate_latest(self.registry) + generate_latest(told)
+
+
+async def engines(square: Square) -> dict[str, VllmMetrics]:
+    """What the vLLM servers of a square tell of themselves, by node; those that do not answer in time are left out."""
+    servers = {e.node: e.backend for e in square if isinstance(e.backend, VllmClient)}
+
+    async def ask(server: VllmClient) -> VllmMetrics | None:
+        try:
+            async with asyncio.timeout(ENGINE_TIMEOUT_S):
+                return await server.metrics()
+        except (BackendError, TimeoutError):
+            # Whoever watches sees that it is missing; the others must not be.
+            return None
+
+    told = await asyncio.gather(*map(ask, servers.values()))
+    return {name: metrics for name, metrics in zip(servers, told, strict=True) if metrics is not None}
+
+
+class _Engines(Collector):
+    """What vLLM servers told."""
+
+    def __init__(self, told: Mapping[str, VllmMetrics]) -> None:
+        self._told = told
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for name, text, value in ENGINE_GAUGES:
+            values = {node: value(m) for node, m in self._told.items()}
+            yield _gauge(name, text, ["node"], [((node,), v) for node, v in values.items() if v is not None])
 
 
 class _Now(Collector):

@@ -204,17 +204,19 @@ async def test_metrics_count_what_is_asked(backend: VLLMBackend) -> None:
     before = await backend.metrics()
     answer = await backend.generate(GenerateRequest(prompt=ONCE, max_tokens=8))
     after = await backend.metrics()
-    assert before.prompt_tokens is not None and after.prompt_tokens is not None
-    assert after.prompt_tokens - before.prompt_tokens == answer.usage.prompt_tokens
-    assert before.generation_tokens is not None and after.generation_tokens is not None
-    assert after.generation_tokens - before.generation_tokens == answer.usage.completion_tokens
     assert before.first_token is not None and after.first_token is not None
-    assert after.first_token.count == before.first_token.count + 1
+    # A look of the supervisor's may fall between: it reads one token and generates one.
+    looks = after.first_token.count - before.first_token.count - 1
+    assert looks in (0, 1)
+    assert before.prompt_tokens is not None and after.prompt_tokens is not None
+    assert after.prompt_tokens - before.prompt_tokens == answer.usage.prompt_tokens + looks
+    assert before.generation_tokens is not None and after.generation_tokens is not None
+    assert after.generation_tokens - before.generation_tokens == answer.usage.completion_tokens + looks
     assert 0 < (after.first_token.mean or 0) < 60
     low, high = after.first_token.quantile(0.1), after.first_token.quantile(0.9)
     assert low is not None and high is not None and 0 < low <= high < 60
-    assert after.cache_use == 0
-    assert after.running == after.waiting == 0
+    assert after.cache_use is not None and after.cache_use < 0.1
+    assert (after.running or 0) + (after.waiting or 0) <= 1
 
 
 async def test_adapters_come_and_go_and_answer_differently(server: Running, adapters: dict[AdapterRef, Path]) -> None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 from agora.serve.openapi import document
+from agora.square import Expert
+from agora.types import ExpertCard
+from experts.retry import Retry
+from experts.vllm import VLLMBackend
 
 
 async def test_models_are_graphs_and_experts(gateway: Any) -> None:
@@ -83,3 +88,36 @@ async def test_the_document_has_no_loose_ends(gateway: Any) -> None:
 
     schemas = told["components"]["schemas"]
     assert {r.removeprefix("#/components/schemas/") for r in refs(told)} <= set(schemas)
+
+
+async def test_what_vllm_servers_tell_is_told_on(gateway: Any) -> None:
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(
+            text=(
+                'vllm:num_requests_running{engine="0"} 3.0\n'
+                'vllm:num_requests_waiting{engine="0"} 5.0\n'
+                'vllm:kv_cache_usage_perc{engine="0"} 0.25\n'
+            )
+        )
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        for name, port in (("up", runner.addresses[0][1]), ("gone", 9)):
+            backend = VLLMBackend.attach(f"http://127.0.0.1:{port}", "m", name=name, retry=Retry(tries=1))
+            card = ExpertCard(name=f"{name}-expert", description=name)
+            gateway.node.square.join(Expert(card=card, backend=backend, node=name))
+        async with gateway.http.get(f"{gateway.url}/metrics") as reply:
+            assert reply.status == 200
+            families = {f.name: f for f in text_string_to_metric_families(await reply.text())}
+        told = {n: f.samples for n, f in families.items() if n.startswith("agora_vllm_")}
+        assert {n: [(s.labels["node"], s.value) for s in samples] for n, samples in told.items() if samples} == {
+            "agora_vllm_running": [("up", 3.0)],
+            "agora_vllm_waiting": [("up", 5.0)],
+            "agora_vllm_cache_use": [("up", 0.25)],
+        }
+    finally:
+        await runner.cleanup()
