@@ -95,7 +95,6 @@ async def _completion(request: web.Request, path: Path) -> web.StreamResponse:
         node=node,
         path=path,
         body=body,
-        caller=caller,
         request_id=request[ID],
         until=until if passage is None else min(passage.deadline, until),
         began=began,

@@ -12,7 +12,6 @@ from aiohttp import web
 
 from agora.errors import AgoraError, DeadlineExceeded
 from agora.serve.errors import JSON, ApiError
-from agora.serve.keys import Caller
 from agora.serve.node import Node
 from agora.serve.wire import shown
 
@@ -43,7 +42,6 @@ class Asked:
         node: Who is asked.
         path: Which endpoint.
         body: Its JSON body, an object with a `model`.
-        caller: Who asks.
         request_id: What to call it in logs and answers.
         until: Event-loop time by which it must be answered.
         began: Event-loop time at which it came.
@@ -53,7 +51,6 @@ class Asked:
     node: Node
     path: Path
     body: dict[str, Any]
-    caller: Caller
     request_id: str
     until: float
     began: float

@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,24 +60,6 @@ class Admission:
     def neighbours(self) -> Load:
         """The same, of neighbours only."""
         return Load(running=self._neighbours, waiting=len(self._others))
-
-    @asynccontextmanager
-    async def hold(self, backend: Backend | None = None, *, neighbour: bool = False) -> AsyncIterator[None]:
-        """Holds a place for the length of a block.
-
-        Args:
-            backend: Who will do the work, where one is known.
-            neighbour: Whether it is a neighbour's.
-
-        Raises:
-            ApiError: 429, if too many wait already.
-        """
-        if not self.enter_now(backend, neighbour=neighbour):
-            await self.enter(backend, neighbour=neighbour)
-        try:
-            yield
-        finally:
-            self.leave(neighbour=neighbour)
 
     def enter_now(self, backend: Backend | None, *, neighbour: bool) -> bool:
         """Takes a place if there is one for it at once; `leave` gives it back."""

@@ -28,14 +28,6 @@ class Error(Reply):
     error: ErrorBody
 
 
-class UsageBody(Reply):
-    """Tokens read and generated."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
 class ReplyMessage(Reply):
     """What was answered."""
 

@@ -89,7 +89,9 @@ async def test_work_after_the_reply_is_waited_for(monkeypatch: pytest.MonkeyPatc
 async def test_a_process_that_never_rests_is_waited_for_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "IDLE_LIMIT_S", 0.15)
     with python("print('ready', flush=True)\nwhile True: pass") as process:
+        began = time.monotonic()
         await asyncio.wait_for(usage.idle(process.pid), 1.0)
+        assert time.monotonic() - began >= 0.15
 
 
 needs_cores = pytest.mark.skipif(usage.cores() is None, reason="needs two cores")

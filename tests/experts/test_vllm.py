@@ -355,6 +355,9 @@ async def test_closing_while_it_is_down(fake_vllm: FakeVllm) -> None:
     os.kill(backend.pid or 0, signal.SIGKILL)
     await until(lambda: backend.state and backend.state.next_start is not None)
     await asyncio.wait_for(backend.aclose(), 2.0)
+    assert not (await backend.health()).ok
+    with pytest.raises(Unavailable, match="closed"):
+        await backend.generate(HELLO)
 
 
 async def test_closing_ends_a_reply_that_has_begun(fake_vllm: FakeVllm) -> None:

@@ -288,6 +288,10 @@ async def test_a_client_that_hangs_up_stops_the_server(gateway: Any, upstream: U
     await upstream.begun.wait()
     asked.cancel()
     await asyncio.wait_for(upstream.gone.wait(), 5)
+    async with asyncio.timeout(5):
+        while gateway.node.admission.load.total:
+            await asyncio.sleep(0.01)
+    assert gateway.node.square.get("plain").backend.load.total == 0
 
 
 @pytest.mark.parametrize(("field", "value"), [("prompt_logprobs", 0), ("echo", True), ("priority", 1), ("best_of", 2)])

@@ -73,8 +73,11 @@ async def test_neighbours_are_let_in_while_the_nodes_own_work_waits() -> None:
     waiting = asyncio.create_task(enter(admission))
     await asyncio.sleep(0)
     await asyncio.wait_for(enter(admission, neighbour=True), 1)
+    assert admission.neighbours == Load(running=1)
+    assert not waiting.done()
     admission.leave(neighbour=False)
     await asyncio.wait_for(waiting, 1)
+    assert admission.load == Load(running=2)
 
 
 async def test_neighbours_wait_while_their_expert_has_a_queue() -> None:

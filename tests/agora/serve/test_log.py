@@ -37,15 +37,18 @@ def test_lines_and_records_are_json_in_order() -> None:
 
 
 def test_a_disk_that_hangs_loses_lines_and_not_requests() -> None:
-    free = threading.Event()
+    free, writing = threading.Event(), threading.Event()
 
     class Slow(io.BytesIO):
         def write(self, data: object) -> int:
+            writing.set()
             free.wait(10)
             return super().write(data)  # type: ignore[arg-type]
 
     out = Slow()
     with JsonLog(out) as log:
+        log.line({"n": "first"})
+        assert writing.wait(10)
         for n in range(module.MAX_LINES + 5000):
             log.line({"n": n})
         free.set()
@@ -63,6 +66,8 @@ def test_an_output_that_is_closed_is_no_error() -> None:
     with JsonLog(out) as log:
         out.close()
         log.line({"n": 1})
+    assert not log._thread.is_alive()
+    assert log._dropped == 1
 
 
 def test_a_reader_that_stopped_reading_does_not_keep_the_process_from_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
