@@ -11,6 +11,7 @@ from typing import Any, Final
 import platformdirs
 from pydantic import ValidationError
 
+from agora.config.collaboration import HERE, LinkConfig
 from agora.config.nodes import FakeNode, LlamaCppNode, LocalNode, OpenAINode, VllmNode
 from agora.config.problems import Key, Problem, error_of, nearest, problems_of, read_text, shown
 from agora.config.schema import Config, ExpertConfig
@@ -150,6 +151,10 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     for name, expert in config.experts.items():
         yield from _expert(name, expert, config)
     yield from _plan(config)
+    for asked in config.vertical.experts or ():
+        yield from _someone(("vertical", "experts"), asked, config)
+    for name, link in config.links.items():
+        yield from _link(name, link, config)
     for key, chosen in (("planner", config.graph.planner), ("synthesiser", config.graph.synthesiser)):
         expert_key = f"{key}_expert"
         asked = getattr(config.graph, expert_key)
@@ -186,6 +191,7 @@ def _expert(name: str, expert: ExpertConfig, config: Config) -> Iterator[Problem
     node = config.nodes.get(expert.node)
     if node is None:
         yield _unknown_name(("experts", name, "node"), expert.node, config.nodes, "nodes")
+    yield from _also(name, expert, config)
     adapter = expert.adapter
     if adapter is None:
         return
@@ -206,6 +212,31 @@ def _expert(name: str, expert: ExpertConfig, config: Config) -> Iterator[Problem
         if isinstance(node, OpenAINode) and not node.adapters:
             text = f"node {expert.node!r} does not claim adapters; add capabilities = {{ adapters = true }} to it"
             yield Problem(key=key, text=text)
+
+
+def _also(name: str, expert: ExpertConfig, config: Config) -> Iterator[Problem]:
+    key = ("experts", name, "also")
+    machines = [*config.nodes, *config.neighbours]
+    for other in expert.also:
+        if other not in machines:
+            yield _unknown_name(key, other, machines, "nodes] or [neighbours")
+    twice = {n for n in (expert.node, *expert.also) if (expert.node, *expert.also).count(n) > 1}
+    if twice:
+        yield Problem(key=key, text=f"names {', '.join(sorted(twice))} twice, with what node says")
+
+
+def _link(name: str, link: LinkConfig, config: Config) -> Iterator[Problem]:
+    machines = [*config.nodes, *config.neighbours]
+    if HERE in machines:
+        local = config.nodes.get(HERE)
+        if not isinstance(local, LocalNode | LlamaCppNode | FakeNode):
+            yield Problem(
+                key=("links", name), text=f'a machine elsewhere is called "{HERE}", which is this one\'s name'
+            )
+    if link.target not in machines or link.target == HERE:
+        yield _unknown_name(("links", name, "target"), link.target, machines, "nodes] or [neighbours")
+    if link.source != HERE and link.source not in config.neighbours:
+        yield _unknown_name(("links", name, "source"), link.source, [HERE, *config.neighbours], "neighbours")
 
 
 def _unknown_name(key: Key, value: str, allowed: Collection[str], table: str) -> Problem:

@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 import platformdirs
 from pydantic import Field, PrivateAttr, model_validator
 
+from agora.config.collaboration import LinkConfig, MultiAccessConfig, VerticalConfig
 from agora.config.nodes import NodeConfig
 from agora.config.serving import NeighbourConfig, ServerConfig
 from agora.config.table import Table
@@ -73,6 +74,8 @@ class ExpertConfig(Table):
 
     Attributes:
         node: Which node answers.
+        also: Other nodes that answer the same, and neighbours that have an expert of this name; for graph
+            "multi_access".
         ready: Name of a ready expert to start from; the other keys override what it brings.
         description: What it is good at, one or two sentences.
         examples: Questions it answers well.
@@ -86,6 +89,7 @@ class ExpertConfig(Table):
     """
 
     node: Name
+    also: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     ready: Text | None = None
     description: Text | None = None
     examples: Texts | None = None
@@ -191,6 +195,9 @@ class Config(Table):
     experts: dict[Name, ExpertConfig] = Field(default_factory=dict)
     neighbours: dict[Name, NeighbourConfig] = Field(default_factory=dict)
     graph: GraphConfig = GraphConfig()
+    vertical: VerticalConfig = VerticalConfig()
+    multi_access: MultiAccessConfig = MultiAccessConfig()
+    links: dict[Name, LinkConfig] = Field(default_factory=dict)
     store: StoreConfig = StoreConfig()
 
     _file: Path | None = PrivateAttr(default=None)

@@ -85,7 +85,8 @@ def test_every_key_that_the_template_shows_in_a_comment_is_a_real_one(tmp_path: 
 
 def test_the_template_shows_every_key_of_serving_and_of_the_nodes_that_agora_starts(tmp_path: Path) -> None:
     config = uncommented(tmp_path)
-    for table in (config.server, config.neighbours["edge"], config.nodes["quick"]):
+    ours = (config.vertical, config.multi_access, config.links["wifi"])
+    for table in (config.server, config.neighbours["edge"], config.nodes["quick"], *ours):
         assert table.model_fields_set == set(type(table).model_fields)
     shown = config.nodes["gpu"].model_fields_set | config.nodes["farm"].model_fields_set
     assert shown == set(VllmNode.model_fields)

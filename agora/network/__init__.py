@@ -1,0 +1,1 @@
+"""Several ways to the same help: which links there are, what they are like now, and which one to take."""

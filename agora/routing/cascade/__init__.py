@@ -1,0 +1,1 @@
+"""Which model to ask next, or whose answer to take: routing, cascades, and both in one."""

@@ -1,0 +1,1 @@
+"""Who does what when: subtasks on machines, band among transfers, replicas under load."""
