@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 from rich.text import Text
 
-from agora.cli import checks, checks_nodes, checks_serving
+from agora.cli import checks, checks_collaboration, checks_nodes, checks_serving
 from agora.cli.checks import Finding, Status, in_thread
 from agora.cli.invocation import ExitCode, Invocation, of, run_async
 from agora.cli.options import ConfigOption, JsonOption
@@ -84,6 +84,7 @@ async def _examine(path: Path | None, *, nodes: bool) -> list[Finding]:
             in_thread(partial(checks_serving.keys, config)),
             checks_serving.address(config),
             checks_serving.neighbours(config),
+            in_thread(partial(checks_collaboration.links, config)),
         ]
     looks.append(in_thread(checks.hub))
     found = [f for many in await asyncio.gather(*looks) for f in many]
