@@ -1,0 +1,366 @@
+"""Fits every kind of policy to outcomes, and lets validation pick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agora.errors import InvalidRequest
+from agora.routing.cascade.beliefs import MAX_MODELS, Forecast, fit_beliefs
+from agora.routing.cascade.evidence import Evidence, evidence_of
+from agora.routing.cascade.fitted import Fitted, Mind, Vertex
+from agora.routing.cascade.frontier import hull, under_curve
+from agora.routing.cascade.outcomes import Outcomes
+from agora.routing.cascade.priors import PRIORS, cross_fitted, fit_priors
+from agora.routing.cascade.reading import Reader, cross_read
+from agora.routing.cascade.replay import Board, board_from, play
+from agora.routing.cascade.rules import Cascade, CascadeRouting, Routing, Rule, Single, Stopping
+
+Floats = NDArray[np.float64]
+
+LEAST_ROWS: Final = 30
+"""Questions below which nothing is fitted: validation on so few would pick at random."""
+
+FOLDS: Final = 4
+"""Folds of the validation, each of them a whole fit."""
+
+INNER_FOLDS: Final = 4
+"""Folds of the cross-fitting within a fit."""
+
+WORTHS: Final = 48
+"""What an answer may be worth, on a log scale: neighbours differ by a fifth or less."""
+
+THRESHOLDS: Final = 40
+"""Thresholds that are tried for each chain of a cascade: quantiles of what is believed of its answers."""
+
+FAITHS: Final = (0.0, 0.4, 1.0)
+"""Faiths that are tried for routing, see `Routing`; a larger one must gain by `MARGIN`."""
+
+HALVINGS: Final = 5
+"""Times that the questions are halved to judge the kinds."""
+
+MARGIN: Final = 0.004
+"""Quality under its curve that a kind must gain in validation over a simpler one to be picked instead: the simpler has
+less to get wrong, and on 500 questions the kinds' gains are not known better than that."""
+
+SIMPLER_FIRST: Final = ("single", "routing", "cascade", "cascade_routing", "stopping")
+"""Kinds by how much they have to learn."""
+
+
+def fit(
+    outcomes: Outcomes,
+    *,
+    seed: int = 0,
+    priors: Sequence[str] = tuple(PRIORS),
+    deadline: float | None = None,
+    trade_off: float | None = None,
+    folds: int = FOLDS,
+) -> Fitted:
+    """Fits routing, cascades, cascade routing and optimal stopping, and keeps what validation says is best.
+
+    Every question is judged by beliefs that were fitted without it (`folds`-fold). Each kind gives a curve of quality
+    over cost, one point for each worth of an answer; the kind whose curve lies highest is kept, mixed with single
+    models where those are better, and nothing but single models where no kind gains over them.
+
+    Args:
+        outcomes: What the models made of questions, the cheapest model first.
+        seed: Of the folds.
+        priors: Estimators that look at the question alone, names of `PRIORS`.
+        deadline: Seconds within which questions should be answered: whoever would likely be late is not asked after
+            others, in fitting as in use. None for no deadline. Needs recorded times.
+        trade_off: Money that an answer's being right is worth; None to keep the quality of the best single model for
+            the least money.
+        folds: Folds of the validation.
+
+    Raises:
+        InvalidRequest: If there are too few questions or too many models, a prior is unknown, or a number is out of
+            range.
+    """
+    return fit_kinds(outcomes, seed=seed, priors=priors, deadline=deadline, trade_off=trade_off, folds=folds).picked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kinds:
+    """Every kind by itself, and the one that was picked.
+
+    Attributes:
+        by_kind: Each kind's policies, mixed with single models.
+        picked: What `fit` returns.
+    """
+
+    by_kind: Mapping[str, Fitted]
+    picked: Fitted
+
+
+def fit_kinds(
+    outcomes: Outcomes,
+    *,
+    seed: int = 0,
+    priors: Sequence[str] = tuple(PRIORS),
+    deadline: float | None = None,
+    trade_off: float | None = None,
+    folds: int = FOLDS,
+) -> Kinds:
+    """Does what `fit` does, and keeps the other kinds too: to compare them."""
+    n, m = outcomes.quality.shape
+    _check(n, m, priors, deadline, trade_off, folds)
+    deadline = deadline if outcomes.seconds is not None else None
+    worths = worths_for(outcomes)
+    rng = np.random.default_rng(seed)
+    outer = _folds(n, folds, rng)
+    parts: list[tuple[NDArray[np.int_], Board]] = []
+    for fold in range(folds):
+        held = np.flatnonzero(outer == fold)
+        mind = _learn(outcomes.take(np.flatnonzero(outer != fold)), priors, worths, deadline, rng)
+        parts.append((held, mind.board(outcomes.take(held))))
+    board = _joined(parts, deadline)
+    quality = outcomes.quality[np.concatenate([held for held, _ in parts])]
+    tried = {kind: _tried(rules, board, quality) for kind, rules in _rules(m, worths).items()}
+    tried["cascade"] = _cascades(board, quality)
+    singles = tried["single"]
+    tried["routing"] = _routings(board, quality, worths, singles, rng)
+    gains = {kind: _gain(table, singles, rng) for kind, table in tried.items()}
+    picked = "single"
+    for kind in SIMPLER_FIRST:
+        if gains[kind] > gains[picked] + (MARGIN if picked != "single" else 0.0):
+            picked = kind
+    timed = outcomes.seconds is not None
+    mind = _learn(outcomes, priors, worths, deadline, rng)
+    top = _judged(singles.rules[int(singles.cost.mean(axis=1).argmax())], board, quality, timed=timed)
+    report = {
+        "rows": n,
+        "models": list(outcomes.models),
+        "priors": list(mind.priors),
+        "signals": sorted(outcomes.signals),
+        "deadline": deadline,
+        "gain_over_mixing": {kind: round(gain, 5) for kind, gain in gains.items()},
+        "picked": picked,
+        "why": _why(picked, gains),
+        "singles": {
+            "cost": [float(c) for c in singles.cost.mean(axis=1)],
+            "quality": [float(q) for q in singles.quality.mean(axis=1)],
+        },
+    }
+    fitted = {
+        kind: Fitted(
+            mind=mind,
+            vertices=tuple(_judged(curve.rules[i], board, quality, timed=timed) for i in curve.kept()),
+            top=top,
+            trade_off=trade_off,
+            report=report,
+        )
+        for kind, curve in tried.items()
+    }
+    return Kinds(by_kind=fitted, picked=fitted[picked])
+
+
+def _check(n: int, m: int, priors: Sequence[str], deadline: float | None, trade_off: float | None, folds: int) -> None:
+    if n < LEAST_ROWS:
+        raise InvalidRequest(f"{n} questions to fit a policy to; at least {LEAST_ROWS} are needed")
+    if m > MAX_MODELS:
+        raise InvalidRequest(
+            f"outcomes of {m} models; a policy chooses among at most {MAX_MODELS}",
+            hint="leave out models that a cheaper one beats",
+        )
+    unknown = [kind for kind in priors if kind not in PRIORS]
+    if unknown:
+        raise InvalidRequest(f"prior {unknown[0]!r} is unknown; allowed: {', '.join(PRIORS)}")
+    for name, value in (("deadline", deadline), ("trade_off", trade_off)):
+        if value is not None and not (value > 0 and np.isfinite(value)):
+            raise InvalidRequest(f"{name} is {value}; it must be a number above 0")
+    if not 2 <= folds <= 20:
+        raise InvalidRequest(f"folds is {folds}; allowed: 2 to 20")
+
+
+def worths_for(outcomes: Outcomes) -> Floats:
+    """What an answer may be worth, in money, falling: from where only quality counts to where only cost does."""
+    mean = np.maximum(outcomes.cost.mean(axis=0), 1e-12)
+    return np.geomspace(300 * mean.max(), max(0.5 * mean.min(), 1e-4 * mean.max()), WORTHS)
+
+
+def _folds(n: int, folds: int, rng: np.random.Generator) -> NDArray[np.int_]:
+    return rng.permutation(np.arange(n) % folds)
+
+
+def _learn(
+    outcomes: Outcomes, kinds: Sequence[str], worths: Floats, deadline: float | None, rng: np.random.Generator
+) -> Mind:
+    inner = _folds(len(outcomes), INNER_FOLDS, rng)
+    names = tuple(sorted(outcomes.signals))
+    fitting = partial(fit_priors, kinds=kinds)
+    evidence = evidence_of(outcomes, cross_fitted(outcomes, inner, fitting), names)
+    reading = cross_read(evidence, outcomes.quality, _folds(len(outcomes), INNER_FOLDS, rng))
+    beliefs = fit_beliefs(
+        evidence,
+        reading,
+        outcomes.quality,
+        worths=worths,
+        folds=_folds(len(outcomes), INNER_FOLDS, rng),
+        deadline=deadline,
+        timed=outcomes.seconds is not None,
+    )
+    return Mind(
+        models=outcomes.models,
+        signals=names,
+        priors=fitting(outcomes),
+        reader=Reader.fit(evidence, outcomes.quality),
+        beliefs=beliefs,
+        mean_cost=np.maximum(outcomes.cost.mean(axis=0), 1e-12),
+        worths=worths,
+        deadline=deadline,
+    )
+
+
+def _joined(parts: Sequence[tuple[NDArray[np.int_], Board]], deadline: float | None) -> Board:
+    """The folds' boards under one another."""
+    boards = [board for _, board in parts]
+    evidence = Evidence(
+        **{
+            name: np.concatenate([getattr(b.evidence, name) for b in boards])
+            for name in ("before", "own", "same", "cost", "seconds")
+        }
+    )
+    forecasts: dict[int, Forecast] = {}
+    for subset in boards[0].forecasts:
+        forecasts[subset] = Forecast.stack([b.forecasts[subset] for b in boards])
+    return board_from(evidence, forecasts, deadline)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """Rules, and what each of k came to on each of n questions.
+
+    Attributes:
+        rules: The rules.
+        cost: Money, shape (k, n).
+        quality: How right, shape (k, n).
+    """
+
+    rules: tuple[Rule, ...]
+    cost: Floats
+    quality: Floats
+
+    def kept(self, rows: NDArray[np.int_] | slice = slice(None)) -> list[int]:
+        """Rules that make the curve, judged by some questions, rising in cost.
+
+        A cascade or single model is kept if it is on the upper concave hull. Of the other kinds, which have one rule
+        for each worth of an answer, all are: to pick the luckiest of neighbours on 400 questions loses on others.
+        """
+        cost, quality = self.cost[:, rows].mean(axis=1), self.quality[:, rows].mean(axis=1)
+        if isinstance(self.rules[0], Single | Cascade):
+            return hull(cost, quality)
+        order = np.argsort(cost, kind="stable")
+        return [int(i) for k, i in enumerate(order) if k == 0 or cost[i] > cost[order[k - 1]]]
+
+
+def _rules(m: int, worths: Floats) -> dict[str, list[Rule]]:
+    """The rules of the kinds that have one for each worth."""
+    return {
+        "single": [Single(model=j) for j in range(m)],
+        "cascade_routing": [CascadeRouting(worth=float(w)) for w in worths],
+        "stopping": [Stopping(level=level) for level in range(len(worths))],
+    }
+
+
+def _tried(rules: Sequence[Rule], board: Board, quality: Floats) -> Tried:
+    played = [play(rule, board) for rule in rules]
+    return Tried(
+        rules=tuple(rules),
+        cost=np.stack([p.cost for p in played]),
+        quality=np.stack([p.quality(quality) for p in played]),
+    )
+
+
+def _routings(board: Board, quality: Floats, worths: Floats, singles: Tried, rng: np.random.Generator) -> Tried:
+    """Routing with as much faith in what is believed of each question as gains most."""
+    usual = tuple(float(q) for q in quality.mean(axis=0))
+    tried = [
+        _tried([Routing(worth=float(w), usual=usual, faith=faith) for w in worths], board, quality) for faith in FAITHS
+    ]
+    gains = [_gain(table, singles, rng) for table in tried]
+    picked = 0
+    for place in range(1, len(FAITHS)):
+        if gains[place] > gains[picked] + MARGIN:
+            picked = place
+    return tried[picked]
+
+
+def _cascades(board: Board, quality: Floats) -> Tried:
+    """Each of the 2^m chains, with every threshold."""
+    rules: list[Rule] = []
+    costs, rights = [], []
+    for length in range(1, quality.shape[1] + 1):
+        for chain in combinations(range(quality.shape[1]), length):
+            thresholds, cost, right = _along(chain, board, quality)
+            rules.extend(Cascade(chain=chain, threshold=float(t)) for t in thresholds)
+            costs.append(cost)
+            rights.append(right)
+    return Tried(rules=tuple(rules), cost=np.concatenate(costs, axis=1).T, quality=np.concatenate(rights, axis=1).T)
+
+
+def _along(chain: tuple[int, ...], board: Board, quality: Floats) -> tuple[Floats, Floats, Floats]:
+    """Thresholds for a chain, and the cost and quality that each comes to: all of them at once, so without `play`.
+
+    Where the next of the chain may not be asked, it ends.
+
+    Returns:
+        Thresholds, shape (T,); cost and quality, shape (n, T) each.
+    """
+    prefixes = np.cumsum([1 << j for j in chain])
+    forecasts = [board.forecasts[int(s)] for s in prefixes]
+    held = np.column_stack([np.round(f.held, 9) for f in forecasts])
+    thresholds = np.unique(np.quantile(held[:, :-1], np.linspace(0, 1, THRESHOLDS))) if len(chain) > 1 else np.zeros(1)
+    for k, j in enumerate(chain[1:]):
+        held[~board.open[int(prefixes[k])][:, j], k] = np.inf
+    held[:, -1] = np.inf
+    end = (held[:, :, None] >= thresholds).argmax(axis=1)
+    paid = np.cumsum(board.evidence.cost[:, list(chain)], axis=1)
+    got = np.column_stack([np.take_along_axis(quality, f.best[:, None], axis=1)[:, 0] for f in forecasts])
+    return thresholds, np.take_along_axis(paid, end, axis=1), np.take_along_axis(got, end, axis=1)
+
+
+def _gain(curve: Tried, singles: Tried, rng: np.random.Generator) -> float:
+    """Quality under a curve beyond that of mixing single models: its rules are kept on one half, judged on the other.
+
+    Without the halves a kind would look the better the more rules it has to pick from.
+    """
+    n = curve.cost.shape[1]
+    gains = []
+    for _ in range(HALVINGS):
+        order = rng.permutation(n)
+        for chosen, judged in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
+            means = singles.cost[:, judged].mean(axis=1)
+            low, high = float(means.min()), float(means.max())
+            if high <= low:
+                return 0.0
+            areas = []
+            for table in (curve, singles):
+                kept = table.kept(chosen)
+                cost, quality = table.cost[kept][:, judged].mean(axis=1), table.quality[kept][:, judged].mean(axis=1)
+                order_ = np.argsort(cost, kind="stable")
+                areas.append(under_curve(cost[order_], quality[order_], low, high))
+            gains.append(areas[0] - areas[1])
+    return float(np.mean(gains))
+
+
+def _judged(rule: Rule, board: Board, quality: Floats, *, timed: bool) -> Vertex:
+    played = play(rule, board)
+    return Vertex(
+        rule=rule,
+        cost=float(played.cost.mean()),
+        quality=float(played.quality(quality).mean()),
+        p95_seconds=float(np.quantile(played.seconds, 0.95)) if timed else None,
+    )
+
+
+def _why(picked: str, gains: Mapping[str, float]) -> str:
+    told = ", ".join(f"{kind} {gain:+.4f}" for kind, gain in gains.items() if kind != "single")
+    if picked == "single":
+        return f"no kind gains over the best random mix of single models in validation: {told}"
+    return f"{picked} gains most over the best random mix of single models in validation: {told}"

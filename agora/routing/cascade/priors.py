@@ -1,0 +1,277 @@
+"""Quality estimators before anybody is asked: from the question alone. A registry, so that others can be added."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from agora.routing.cascade.linear import Scaling, logistic
+from agora.routing.cascade.outcomes import Outcomes
+from agora.routing.cascade.text_features import TEXT_FEATURES, text_features, word_rows
+
+Floats = NDArray[np.float64]
+Vectors = NDArray[np.float32] | None
+
+NEIGHBOURS: Final = 64
+"""Neighbours that say how well a model does near a question: a share of right answers known to 0.06. Not tuned."""
+
+SHRINKAGE: Final = 8.0
+"""Neighbours' worth of the model's mean that is mixed in, so that few or far neighbours say little."""
+
+PENALTY: Final = 30.0
+"""Of the logistic regression on an embedding's 384 numbers and the text's features, all standardised."""
+
+WORD_PENALTY: Final = 3.0
+"""Of the regression on hashed words, whose rows have length 1."""
+
+
+OPENING_SHRINKAGE: Final = 20.0
+"""Questions' worth of the model's mean that is mixed into the mean of those that open alike."""
+
+OPENING_CHARS: Final = 200
+"""Characters of a first line that count."""
+
+_DIGITS: Final = re.compile(r"\d+")
+
+
+class Prior(Protocol):
+    """A fitted estimator: how likely each model is right, from the question alone."""
+
+    def predict(self, texts: Sequence[str], embeddings: Vectors) -> Floats:
+        """Quality of each model, shape (n, m)."""
+
+    def arrays(self) -> Mapping[str, NDArray[np.generic]]:
+        """What it consists of, by name."""
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Self:
+        """The inverse of `arrays`."""
+
+    @classmethod
+    def fit(cls, outcomes: Outcomes) -> Self | None:
+        """Learns from outcomes; None where they lack what it needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearestNeighbours:
+    """Mean quality among the nearest questions by embedding, weighted by their similarity."""
+
+    embeddings: NDArray[np.float32]
+    quality: Floats
+
+    @classmethod
+    def fit(cls, outcomes: Outcomes) -> Self | None:
+        """Keeps the questions' embeddings; None if there are none."""
+        if outcomes.embeddings is None:
+            return None
+        return cls(embeddings=outcomes.embeddings, quality=outcomes.quality)
+
+    def predict(self, texts: Sequence[str], embeddings: Vectors) -> Floats:
+        """Shape (n, m); the mean of each model where there is no embedding."""
+        mean = self.quality.mean(axis=0)
+        if embeddings is None:
+            return np.tile(mean, (len(texts), 1))
+        k = min(NEIGHBOURS, len(self.quality))
+        rows = []
+        for start in range(0, len(embeddings), 512):
+            like = embeddings[start : start + 512] @ self.embeddings.T
+            nearest = np.argpartition(-like, k - 1, axis=1)[:, :k]
+            weights = np.maximum(np.take_along_axis(like, nearest, axis=1), 0.0).astype(np.float64)
+            weighed = np.einsum("nk,nkm->nm", weights, self.quality[nearest])
+            rows.append((weighed + SHRINKAGE * mean) / (weights.sum(axis=1, keepdims=True) + SHRINKAGE))
+        return np.concatenate(rows)
+
+    def arrays(self) -> Mapping[str, NDArray[np.generic]]:
+        """Embeddings and quality."""
+        return {"embeddings": self.embeddings, "quality": self.quality}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Self:
+        """The inverse of `arrays`."""
+        return cls(embeddings=arrays["embeddings"].astype(np.float32), quality=arrays["quality"].astype(np.float64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingLogistic:
+    """Logistic regression on the embedding and the text's features."""
+
+    scaling: Scaling
+    weights: Floats
+
+    @classmethod
+    def fit(cls, outcomes: Outcomes) -> Self | None:
+        """Learns it; None if there are no embeddings."""
+        if outcomes.embeddings is None:
+            return None
+        features = np.column_stack([outcomes.embeddings, text_features(outcomes.questions)])
+        scaling = Scaling.of(features)
+        return cls(scaling=scaling, weights=logistic(scaling(features), outcomes.quality, penalty=PENALTY))
+
+    def predict(self, texts: Sequence[str], embeddings: Vectors) -> Floats:
+        """Shape (n, m); without an embedding, what an average one gives."""
+        if embeddings is None:
+            width = len(self.scaling.mean) - TEXT_FEATURES
+            embeddings = np.full((len(texts), width), np.nan, dtype=np.float32)
+        result: Floats = expit(self.scaling(np.column_stack([embeddings, text_features(texts)])) @ self.weights)
+        return result
+
+    def arrays(self) -> Mapping[str, NDArray[np.generic]]:
+        """Scaling and weights."""
+        return {**self.scaling.arrays(), "weights": self.weights}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Self:
+        """The inverse of `arrays`."""
+        floats = {name: array.astype(np.float64) for name, array in arrays.items()}
+        return cls(scaling=Scaling.from_arrays(floats), weights=floats["weights"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Words:
+    """Ridge regression on hashed words and pairs of words; needs no embedding."""
+
+    weights: Floats
+    bias: Floats
+
+    @classmethod
+    def fit(cls, outcomes: Outcomes) -> Self | None:
+        """Learns it."""
+        from sklearn.linear_model import Ridge
+
+        model = Ridge(alpha=WORD_PENALTY, solver="sparse_cg", tol=1e-4)
+        model.fit(word_rows(outcomes.questions), outcomes.quality)
+        weights = np.atleast_2d(np.asarray(model.coef_, dtype=np.float64)).T
+        return cls(weights=weights, bias=np.atleast_1d(np.asarray(model.intercept_, dtype=np.float64)))
+
+    def predict(self, texts: Sequence[str], embeddings: Vectors) -> Floats:
+        """Shape (n, m), in [0, 1]."""
+        result: Floats = np.clip(word_rows(texts) @ self.weights + self.bias, 0.0, 1.0)
+        return result
+
+    def arrays(self) -> Mapping[str, NDArray[np.generic]]:
+        """Weights and bias."""
+        return {"weights": self.weights, "bias": self.bias}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Self:
+        """The inverse of `arrays`."""
+        return cls(weights=arrays["weights"].astype(np.float64), bias=arrays["bias"].astype(np.float64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Openings:
+    """Mean quality over questions that open alike: those of one task or subject, where a template says which.
+
+    Questions that open like no other get each model's mean.
+
+    Attributes:
+        keys: Hashes of openings, rising, shape (g,).
+        values: Mean quality under each, drawn towards the whole's by `OPENING_SHRINKAGE`, shape (g, m).
+        mean: Mean quality of each model, shape (m,).
+    """
+
+    keys: NDArray[np.int64]
+    values: Floats
+    mean: Floats
+
+    @classmethod
+    def fit(cls, outcomes: Outcomes) -> Self | None:
+        """Counts."""
+        keys, group, count = np.unique(_openings(outcomes.questions), return_inverse=True, return_counts=True)
+        mean = outcomes.quality.mean(axis=0)
+        sums = np.zeros((len(keys), len(mean)))
+        np.add.at(sums, group, outcomes.quality)
+        values = (sums + OPENING_SHRINKAGE * mean) / (count[:, None] + OPENING_SHRINKAGE)
+        several = count > 1
+        return cls(keys=keys[several], values=values[several], mean=mean)
+
+    def predict(self, texts: Sequence[str], embeddings: Vectors) -> Floats:
+        """Shape (n, m)."""
+        keys = _openings(texts)
+        if not len(self.keys):
+            return np.tile(self.mean, (len(texts), 1))
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where((self.keys[place] == keys)[:, None], self.values[place], self.mean)
+
+    def arrays(self) -> Mapping[str, NDArray[np.generic]]:
+        """Keys, values and mean."""
+        return {"keys": self.keys, "values": self.values, "mean": self.mean}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Self:
+        """The inverse of `arrays`."""
+        return cls(
+            keys=arrays["keys"].astype(np.int64),
+            values=arrays["values"].astype(np.float64),
+            mean=arrays["mean"].astype(np.float64),
+        )
+
+
+def _openings(texts: Sequence[str]) -> NDArray[np.int64]:
+    """A hash of each text's first line, its digits left out."""
+    lines = (_DIGITS.sub("", text[:OPENING_CHARS].partition("\n")[0]).strip().casefold() for text in texts)
+    digests = (hashlib.sha256(line.encode("utf-8", "surrogatepass")).digest() for line in lines)
+    return np.array([int.from_bytes(d[:8], "big", signed=True) for d in digests], dtype=np.int64)
+
+
+PRIORS: Final[Mapping[str, type[Prior]]] = {
+    "knn": NearestNeighbours,
+    "logistic": EmbeddingLogistic,
+    "words": Words,
+    "openings": Openings,
+}
+"""Estimators by name. What they say is put together by a logistic regression (`agora.routing.cascade.beliefs`)."""
+
+
+def fit_priors(outcomes: Outcomes, kinds: Sequence[str]) -> dict[str, Prior]:
+    """Fits those that can be fitted to these outcomes."""
+    fitted = {kind: PRIORS[kind].fit(outcomes) for kind in kinds}
+    return {kind: prior for kind, prior in fitted.items() if prior is not None}
+
+
+def said_by(priors: Mapping[str, Prior], texts: Sequence[str], embeddings: Vectors) -> Floats:
+    """What all say, side by side: of each the mean over the models and the models' distances from it.
+
+    Apart, because the distances are small and a choice among models hangs on them.
+
+    Returns:
+        Shape (n, number of priors · (m + 1)).
+    """
+    if not priors:
+        return np.zeros((len(texts), 0))
+    columns = []
+    for prior in priors.values():
+        quality = prior.predict(texts, embeddings)
+        mean = quality.mean(axis=1, keepdims=True)
+        columns += [mean, quality - mean]
+    return np.column_stack(columns)
+
+
+def cross_fitted(outcomes: Outcomes, folds: NDArray[np.int_], fit: Callable[[Outcomes], Mapping[str, Prior]]) -> Floats:
+    """What priors say of each question that were fitted without it.
+
+    Args:
+        outcomes: n questions.
+        folds: Shape (n,): the fold each belongs to.
+        fit: Fits them.
+
+    Returns:
+        Shape (n, number of priors · (m + 1)).
+    """
+    parts: list[tuple[NDArray[np.int_], Floats]] = []
+    for fold in np.unique(folds):
+        held = np.flatnonzero(folds == fold)
+        priors = fit(outcomes.take(np.flatnonzero(folds != fold)))
+        part = outcomes.take(held)
+        parts.append((held, said_by(priors, part.questions, part.embeddings)))
+    result = np.zeros((len(outcomes), parts[0][1].shape[1]))
+    for held, said in parts:
+        result[held] = said
+    return result

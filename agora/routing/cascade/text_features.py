@@ -1,0 +1,79 @@
+"""What a question's text shows at a glance: its length, its numbers, its form, its words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+MAX_CHARS: Final = 8_192
+"""Characters of a question that are looked at."""
+
+WORDS: Final = 4_096
+"""Columns into which words and pairs of words are hashed: some ten times as many as a question has words, so that few
+of one question fall together. Not tuned."""
+
+TEXT_FEATURES: Final = 17
+"""Columns of `text_features`."""
+
+_NUMBER: Final = re.compile(r"\d[\d,]*(?:\.\d+)?")
+_CUES: Final = (
+    re.compile(r"\b(?:if|then|when|unless)\b", re.IGNORECASE),
+    re.compile(r"\b(?:each|every|per|times|twice|half|third|double)\b", re.IGNORECASE),
+    re.compile(r"\b(?:more|less|fewer|than|remaining|left|rest)\b", re.IGNORECASE),
+    re.compile(r"\b(?:not|except|false|incorrect|least)\b", re.IGNORECASE),
+    re.compile(r"\b(?:how many|how much|find|compute|calculate|evaluate)\b", re.IGNORECASE),
+)
+
+
+def numbers_in(text: str) -> list[float]:
+    """The numbers that are written in digits, at most 200 of them."""
+    found = []
+    for match in _NUMBER.finditer(text[:MAX_CHARS]):
+        digits = match[0].replace(",", "")
+        if len(digits) <= 40:
+            found.append(float(digits))
+        if len(found) == 200:
+            break
+    return found
+
+
+def text_features(texts: Sequence[str]) -> NDArray[np.float64]:
+    """Cheap features of questions, shape (n, 17), finite: sizes and counts on a log scale, and cues."""
+    return np.array([_row(text[:MAX_CHARS]) for text in texts], dtype=np.float64)
+
+
+def _row(text: str) -> list[float]:
+    numbers = numbers_in(text)
+    words = text.split()
+    counts = [
+        len(text),
+        len(words),
+        len(numbers),
+        len(set(numbers)),
+        sum(n != int(n) for n in numbers if n < 1e15),
+        max(numbers, default=0.0),
+        numbers[0] if numbers else 0.0,
+        text.count("%") + text.lower().count("percent"),
+        text.count("$"),
+        text.count("\\") + text.count("^"),
+        text.count("\n"),
+        text.count(".") + text.count("?"),
+        *(len(cue.findall(text)) for cue in _CUES),
+    ]
+    return [float(np.log1p(count)) for count in counts]
+
+
+def word_rows(texts: Sequence[str]) -> csr_matrix:
+    """Words and pairs of neighbouring words, hashed; shape (n, `WORDS`), unit rows."""
+    # scikit-learn takes a second to import
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    hashing = HashingVectorizer(n_features=WORDS, ngram_range=(1, 2), alternate_sign=True, norm="l2")
+    return hashing.transform([text[:MAX_CHARS] for text in texts])
