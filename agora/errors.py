@@ -54,6 +54,12 @@ class NoExpert(AgoraError):
     code = "no_expert"
 
 
+class OutOfReach(NoExpert):
+    """A text may not go as far up as whoever would have to see it: its label forbids that."""
+
+    code = "out_of_reach"
+
+
 class BudgetExceeded(AgoraError):
     """The run's budget of money or tokens is used up."""
 

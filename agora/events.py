@@ -233,18 +233,18 @@ def _attempt_ended(state: RunState, e: AttemptEnded) -> RunState:
     old = state.subtasks.get(e.subtask, SubtaskState())
     if old.status is Status.DONE or e.attempt < old.attempt or (e.attempt == old.attempt and old.outcome is not None):
         return state
+    # An answer after which someone else is asked is not the last word.
     answered = isinstance(e.result.outcome, Answer)
-    ended = answered or e.final
     return _with(
         state,
         e.subtask,
         SubtaskState(
-            status=Status.DONE if answered else Status.FAILED if e.final else Status.RUNNING,
+            status=Status.RUNNING if not e.final else Status.DONE if answered else Status.FAILED,
             attempt=e.attempt,
             expert=e.result.expert,
             why=e.result.why,
             started_at=e.result.started_at if old.started_at is None else old.started_at,
-            ended_at=e.at if ended else None,
+            ended_at=e.at if e.final else None,
             outcome=e.result.outcome,
         ),
     )

@@ -59,6 +59,8 @@ class GenerateRequest:
         json_schema: The text must be JSON of this schema; needs the capability `json_schema`.
         adapter: LoRA adapter to answer with; needs the capability `adapters`.
         timeout_s: Seconds for the whole request, waiting in queues included.
+        goes_on: Whether the last message is the beginning of the answer, to be gone on with rather than replied to;
+            needs the capability `continues`.
 
     Raises:
         InvalidRequest: If a value is out of range.
@@ -75,9 +77,12 @@ class GenerateRequest:
     json_schema: Mapping[str, Any] | None = None
     adapter: AdapterRef | None = None
     timeout_s: float | None = None
+    goes_on: bool = False
 
     def __post_init__(self) -> None:
         _check_input(self.messages, self.prompt)
+        if self.goes_on and (not self.messages or self.messages[-1].role != "assistant"):
+            raise InvalidRequest("goes_on needs a chat whose last message is the assistant's")
         if self.max_tokens < 1:
             raise InvalidRequest(f"max_tokens is {self.max_tokens}; it must be ≥ 1")
         if not 0 <= self.temperature <= 2:
@@ -129,6 +134,8 @@ class Completion:
         logprobs: One per generated token, if asked for.
         first_token_s: Seconds from the request to the first token (TTFT), if known.
         seconds: Seconds from the request to the last token.
+        path: The path it came by, where there were several.
+        notes: What the reader should know, e.g. which paths could not be used.
     """
 
     text: str
@@ -138,6 +145,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     first_token_s: float | None = None
     seconds: float = 0.0
+    path: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def mean_logprob(self) -> float | None:
@@ -149,12 +158,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """A piece of a stream. The last one, and only it, has `finish_reason` and `usage`."""
+    """A piece of a stream. The last one, and only it, has `finish_reason` and `usage`, and maybe `path` and `notes`."""
 
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    path: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +232,7 @@ class Capabilities:
         json_schema: Can be held to a JSON schema.
         seed: Same seed, same sample.
         adapters: Answers with a named LoRA adapter.
+        continues: Goes on with an answer of a chat that was begun elsewhere (`GenerateRequest.goes_on`).
         max_context: Tokens of prompt and answer together, if known.
     """
 
@@ -231,6 +243,7 @@ class Capabilities:
     json_schema: bool = False
     seed: bool = False
     adapters: bool = False
+    continues: bool = False
     max_context: int | None = None
 
 

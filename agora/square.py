@@ -31,6 +31,8 @@ class Expert:
         system_prompt: What it is told before every question.
         adapter: LoRA adapter to answer with.
         temperature: 0 for greedy decoding.
+        alternatives: Likeliest alternatives that its backend tells of each token it generates, for signals that look
+            at them.
         node: Name of the machine it is on.
     """
 
@@ -39,6 +41,7 @@ class Expert:
     system_prompt: str | None = None
     adapter: AdapterRef | None = None
     temperature: float = 0.0
+    alternatives: int = 0
     node: str = "local"
 
     @property
@@ -58,20 +61,14 @@ class Expert:
             BackendError: What went wrong on the way.
             InvalidRequest: If the question cannot be asked.
         """
+        # Not at the top of the file: routing knows the square.
+        from agora.routing.signals import told
+
         started = time.monotonic()
-        limit = self.card.max_tokens if max_tokens is None else min(max_tokens, self.card.max_tokens)
-        wants = self.backend.capabilities
-        request = GenerateRequest(
-            messages=self._messages(question) if wants.chat else (),
-            prompt=None if wants.chat else self._prompt(question),
-            max_tokens=limit,
-            temperature=self.temperature,
-            logprobs=0 if wants.logprobs else None,
-            adapter=self.adapter,
-            timeout_s=timeout_s,
-        )
-        done = await self.backend.generate(request)
-        usage = replace(done.usage, cost=self.card.cost_of(done.usage.tokens), calls=1)
+        done = await self.backend.generate(self.request(question, max_tokens=max_tokens, timeout_s=timeout_s))
+        # What the links took, where they take money, is in the backend's own figure.
+        cost = self.card.cost_of(done.usage.tokens) + done.usage.cost
+        usage = replace(done.usage, cost=cost, calls=max(1, done.usage.calls))
         mean = done.mean_logprob
         return Answer(
             text=_clean(done.text),
@@ -79,8 +76,35 @@ class Expert:
             usage=usage,
             seconds=time.monotonic() - started,
             mean_logprob=mean if mean is not None and math.isfinite(mean) else None,
+            signals=told(done.logprobs),
             finish_reason=done.finish_reason,
             adapter=str(self.adapter) if self.adapter else None,
+            path=done.path or None,
+            notes=done.notes,
+        )
+
+    def request(
+        self, question: str, *, max_tokens: int | None = None, timeout_s: float | None = None
+    ) -> GenerateRequest:
+        """What `ask` asks the backend: the question as this expert is spoken to.
+
+        Args:
+            question: What to answer.
+            max_tokens: Most tokens to generate; the card's limit if None or larger.
+            timeout_s: Seconds for the whole call.
+
+        Raises:
+            InvalidRequest: If the question cannot be asked.
+        """
+        wants = self.backend.capabilities
+        return GenerateRequest(
+            messages=self._messages(question) if wants.chat else (),
+            prompt=None if wants.chat else self._prompt(question),
+            max_tokens=self.card.max_tokens if max_tokens is None else min(max_tokens, self.card.max_tokens),
+            temperature=self.temperature,
+            logprobs=self.alternatives if wants.logprobs else None,
+            adapter=self.adapter,
+            timeout_s=timeout_s,
         )
 
     def _messages(self, question: str) -> tuple[Message, ...]:

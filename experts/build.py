@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from agora.config import Config, NodeConfig, OpenAINode, VllmNode
+from agora.config import Config, OpenAINode, VllmNode
 from agora.errors import ConfigError
 from agora.protocols import Backend
 from agora.square import Expert, Square
-from agora.types import AdapterRef, ExpertCard, Modality
+from agora.types import AdapterRef, ExpertCard, Modality, Tier
 from experts.models import ModelStore
-from experts.nodes import OPENERS, OnPull, Opening
+from experts.nodes import OnPull, Opening
+from experts.paths import open_backends
 from experts.ready import ready_experts
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ async def open_square(
     progress: OnPull | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Square:
-    """Opens all nodes that experts are on, at the same time, and lets the experts in.
+    """Opens all nodes that experts are on, and the paths to them, at the same time, and lets the experts in.
 
     Args:
         config: What `load_config` returned.
@@ -47,7 +48,7 @@ async def open_square(
         The square. Closing it closes the nodes.
 
     Raises:
-        ConfigError: If the configuration names what is not there: a ready expert, an environment variable.
+        ConfigError: If the configuration names what is not there: a ready expert, an environment variable, a path.
         ModelError: If a model cannot be found, fetched or loaded.
         AdapterError: If an adapter cannot be loaded.
     """
@@ -61,9 +62,8 @@ async def open_square(
         on_pull=progress,
         environment=environment,
     )
-    used = dict.fromkeys(e.node for e in config.experts.values())
-    backends = await _open_all({n: config.nodes[n] for n in used}, opening)
-    return Square([_expert(config, card, backends[config.experts[card.name].node]) for card in cards])
+    backends = await open_backends(config, opening)
+    return Square([_expert(config, card, backends[card.name]) for card in cards])
 
 
 def expert_cards(config: Config) -> tuple[ExpertCard, ...]:
@@ -85,13 +85,28 @@ def expert_cards(config: Config) -> tuple[ExpertCard, ...]:
                 description=e.description or (base.description if base else ""),
                 examples=_first(e.examples, base.examples if base else ()),
                 keywords=_first(e.keywords, base.keywords if base else ()),
-                tier=config.nodes[e.node].tier,
+                # The highest that may come to see a question: what may not go there is not asked at all.
+                tier=highest_tier(config, name),
                 modalities=_first(e.modalities, base.modalities if base else (Modality.TEXT,)),
                 price_per_mtok=e.price_per_mtok,
                 max_tokens=e.max_tokens,
             )
         )
     return tuple(cards)
+
+
+def highest_tier(config: Config, name: str) -> Tier:
+    """How far up a question to an expert may get: the highest tier of all machines that may answer it or pass it on.
+
+    Where a neighbour is among them, that is the cloud: whom it asks in turn is not known here.
+    """
+    e = config.experts[name]
+    machines = {e.node, *e.also}
+    # A link from a neighbour is a way through it, wherever it leads from there.
+    passed = any(link.source in config.neighbours and link.target in machines for link in config.links.values())
+    if passed or machines & config.neighbours.keys():
+        return Tier.CLOUD
+    return max((config.nodes[m].tier for m in machines), key=lambda tier: tier.height)
 
 
 def system_prompt_of(config: Config, name: str) -> str | None:
@@ -108,7 +123,8 @@ def check_keys(config: Config, *, environment: Mapping[str, str] | None = None, 
     Args:
         config: What `load_config` returned.
         environment: Where API keys are looked up; that of the process if None.
-        neighbours: Whether those for neighbours are needed too, not only those of nodes that experts are on.
+        neighbours: Whether those for all neighbours are needed, not only those of nodes and neighbours that experts are
+            asked on.
 
     Raises:
         ConfigError: If some are not; it names each.
@@ -143,31 +159,20 @@ def missing_keys(
     """The API keys that `check_keys` would miss."""
     environment = os.environ if environment is None else environment
     named: dict[str, str | None] = {}
-    for name in dict.fromkeys(e.node for e in config.experts.values()):
-        node = config.nodes[name]
+    asked = dict.fromkeys(name for e in config.experts.values() for name in (e.node, *e.also))
+    for name in asked:
+        node = config.nodes.get(name)
         if isinstance(node, OpenAINode | VllmNode):
             named[f"nodes.{name}"] = node.api_key_env
-    if neighbours:
-        named |= {f"neighbours.{name}": n.api_key_env for name, n in config.neighbours.items()}
+    relays = {link.source for link in config.links.values()}
+    for name, neighbour in config.neighbours.items():
+        if neighbours or name in asked or name in relays:
+            named[f"neighbours.{name}"] = neighbour.api_key_env
     return tuple(
         MissingKey(key=f"{key}.api_key_env", variable=variable)
         for key, variable in named.items()
         if variable and not environment.get(variable)
     )
-
-
-async def _open_all(nodes: Mapping[str, NodeConfig], opening: Opening) -> dict[str, Backend]:
-    tasks = {n: asyncio.ensure_future(OPENERS[node.kind](n, node, opening)) for n, node in nodes.items()}
-    try:
-        await asyncio.gather(*tasks.values())
-    except BaseException:
-        # Also when cancelled: what has been opened, or is just being opened, is closed again.
-        for t in tasks.values():
-            t.cancel()
-        opened = await asyncio.gather(*tasks.values(), return_exceptions=True)
-        await asyncio.gather(*(b.aclose() for b in opened if not isinstance(b, BaseException)))
-        raise
-    return {n: t.result() for n, t in tasks.items()}
 
 
 def _expert(config: Config, card: ExpertCard, backend: Backend) -> Expert:

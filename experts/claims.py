@@ -30,6 +30,7 @@ def refuse_unclaimed(request: GenerateRequest | ScoreRequest, claimed: Capabilit
     else:
         needed["logprobs"] = request.logprobs is not None
         needed["json_schema"] = request.json_schema is not None
+        needed["continues"] = request.goes_on
     missing = [what for what, is_needed in needed.items() if is_needed and not getattr(claimed, what)]
     if missing:
         raise Unsupported(

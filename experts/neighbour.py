@@ -113,6 +113,7 @@ class NeighbourBackend(OpenAIBackend):
         capabilities: What the neighbour's card says it can do.
         api_key: The key that the neighbour gave to this node.
         timeout_s: Most seconds for one request.
+        local_address: IP address of this machine that connections go out from; None for any.
 
     Raises:
         InvalidRequest: If an argument is out of range.
@@ -132,6 +133,7 @@ class NeighbourBackend(OpenAIBackend):
         capabilities: Capabilities | None = None,
         api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
+        local_address: str | None = None,
     ) -> None:
         super().__init__(
             url,
@@ -143,6 +145,7 @@ class NeighbourBackend(OpenAIBackend):
             connect_timeout_s=CONNECT_TIMEOUT_S,
             total_timeout_s=timeout_s,
             retry=RETRY,
+            local_address=local_address,
         )
         self._line = line
         self._way = way

@@ -25,9 +25,12 @@ from agora.errors import (
     Unavailable,
 )
 from agora.protocols import Backend, Capabilities
+from agora.scheduling.scaling import Targets
 from agora.types import AdapterRef
 from experts.models import ModelStore
 from experts.progress import ProgressCallback, PullProgress
+from experts.retry import Retry
+from experts.slots import Slots
 
 
 class OnPull(Protocol):
@@ -47,6 +50,10 @@ class Opening:
         pull: Whether a model that is not on this machine may be fetched.
         on_pull: Told how far a fetch is.
         environment: Where API keys are looked up.
+        label: What to call the backend in errors and traces; absent for the node's name.
+        local_address: IP address of this machine that connections to the node go out from; None for any.
+        slots: What limits the requests to the node, if several backends share that.
+        retry: When to ask a server again; None for the usual.
     """
 
     config: Config
@@ -54,6 +61,15 @@ class Opening:
     pull: bool = False
     on_pull: OnPull | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ, repr=False)
+    label: str | None = None
+    local_address: str | None = None
+    slots: Slots | None = None
+    retry: Retry | None = None
+
+    @property
+    def connecting(self) -> dict[str, Any]:
+        """How to connect to a server, in the words of its backend."""
+        return {"local_address": self.local_address, "slots": self.slots, "retry": self.retry}
 
     async def folder(self, source: str) -> Path:
         """The folder of a model.
@@ -85,7 +101,8 @@ class Opening:
 
     def adapters(self, node: str) -> dict[AdapterRef, Path | None]:
         """The adapters that experts on a node answer with, and their folders."""
-        wanted = [e.adapter for e in self.config.experts.values() if e.node == node and e.adapter is not None]
+        experts = self.config.experts.values()
+        wanted = [e.adapter for e in experts if node in (e.node, *e.also) and e.adapter is not None]
         return {AdapterRef.parse(a.name): a.folder for a in wanted}
 
 
@@ -152,12 +169,13 @@ async def _open_openai(name: str, node: NodeConfig, opening: Opening) -> Backend
         "scorer": "vllm" if node.server == "vllm" else None,
         "max_running": node.max_running,
         "max_waiting": node.max_waiting,
+        **opening.connecting,
     }
     said: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     return OpenAIBackend(
         node.url,
         node.model,
-        name=name,
+        name=opening.label or name,
         api_key=opening.environment.get(node.api_key_env) if node.api_key_env else None,
         capabilities=_claimed(node.capabilities, presets[node.server]),
         **said,
@@ -195,7 +213,17 @@ async def _open_llamacpp(name: str, node: NodeConfig, opening: Opening) -> Backe
     return await LlamaCppBackend.open(file, name=name, **said)
 
 
+def scaling_targets(node: NodeConfig) -> Targets | None:
+    """What is aimed at where the number of a node's servers may change; None where it does not."""
+    if not isinstance(node, VllmNode) or not node.scales:
+        return None
+    said = {"queue": node.target_queue, "ttft_s": node.target_ttft_s}
+    given: dict[str, Any] = {k: v for k, v in said.items() if v is not None}
+    return Targets(least=node.replicas, most=node.most_replicas, **given)
+
+
 async def _open_vllm(name: str, node: NodeConfig, opening: Opening) -> Backend:
+    from experts.replicas import ReplicaSet
     from experts.vllm import VLLMBackend
     from experts.vllm_supervisor import Supervision
 
@@ -205,10 +233,12 @@ async def _open_vllm(name: str, node: NodeConfig, opening: Opening) -> Backend:
         "first_token_timeout_s": node.first_token_timeout_s,
         "max_running": node.max_running,
         "max_waiting": node.max_waiting,
+        **opening.connecting,
     }
-    wishes = ("python", "port", "dtype", "max_context", "max_lora_rank")
+    wishes = ("python", "dtype", "max_context", "max_lora_rank")
     said: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     adapters = opening.adapters(name)
+    backend: VLLMBackend | ReplicaSet
     if node.url is not None:
         key = opening.environment.get(node.api_key_env) if node.api_key_env else None
         if node.api_key_env and not key:
@@ -216,20 +246,27 @@ async def _open_vllm(name: str, node: NodeConfig, opening: Opening) -> Backend:
                 f"nodes.{name}.api_key_env: the environment variable {node.api_key_env} is not set",
                 hint="set it to the server's API key",
             )
-        backend = VLLMBackend.attach(node.url, node.model, name=name, api_key=key, **said)
+        backend = VLLMBackend.attach(node.url, node.model, name=opening.label or name, api_key=key, **said)
     else:
         said |= {k: v for k, v in node if k in wishes and v is not None}
         if node.start_timeout_s is not None:
             said["supervision"] = Supervision(start_timeout_s=node.start_timeout_s)
-        backend = await VLLMBackend.start(
-            await opening.folder(node.model),
-            name=name,
-            # Whoever says how large they may be wants to load some later.
-            adapters=bool(adapters) or node.max_lora_rank is not None,
-            args=node.args,
-            env=node.env,
-            **said,
-        )
+        folder = await opening.folder(node.model)
+        targets = scaling_targets(node)
+
+        async def start(number: int = 0) -> VLLMBackend:
+            return await VLLMBackend.start(
+                folder,
+                name=name if targets is None else f"{name}/{number}",
+                port=None if node.port is None else node.port + number,
+                # Whoever says how large they may be wants to load some later.
+                adapters=bool(adapters) or node.max_lora_rank is not None,
+                args=node.args,
+                env=node.env,
+                **said,
+            )
+
+        backend = await start() if targets is None else await ReplicaSet.start(start, targets, name=name)
     try:
         for ref, where in adapters.items():
             if where is not None:

@@ -42,7 +42,9 @@ __all__ = ["OPENAI", "VLLM", "OpenAIBackend"]
 OPENAI: Final = Capabilities(logprobs=True, json_schema=True, seed=True)
 """What OpenAI's own chat models do."""
 
-VLLM: Final = Capabilities(completion=True, score=True, logprobs=True, json_schema=True, seed=True, adapters=True)
+VLLM: Final = Capabilities(
+    completion=True, score=True, logprobs=True, json_schema=True, seed=True, adapters=True, continues=True
+)
 """What a vLLM server does (`adapters` if it was started with `--enable-lora`); use it with `scorer="vllm"`."""
 
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -115,6 +117,9 @@ class OpenAIBackend:
         max_waiting: Requests that may wait for that; beyond it they get `Overloaded`. None for any number.
         max_reply_bytes: Largest reply taken.
         rng: Where the jitter of the retries comes from.
+        local_address: IP address of this machine that connections go out from, so by which interface; None for any.
+        slots: What limits the requests at once, in place of `max_running` and `max_waiting`, if it is shared with other
+            backends of the same server.
 
     Raises:
         InvalidRequest: If an argument is out of range.
@@ -144,6 +149,8 @@ class OpenAIBackend:
         max_waiting: int | None = None,
         max_reply_bytes: int = MAX_REPLY_BYTES,
         rng: random.Random | None = None,
+        local_address: str | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self._url = normal_url(url)
         if not model.strip():
@@ -175,7 +182,7 @@ class OpenAIBackend:
         self._first_token_s = first_token_timeout_s
         self._total_s = total_timeout_s
         self._health_s = health_timeout_s
-        self._slots = Slots(max_running, max_waiting, owner=self._name)
+        self._slots = slots or Slots(max_running, max_waiting, owner=self._name)
         self._http = Http(
             self._url,
             backend=self._name,
@@ -184,6 +191,7 @@ class OpenAIBackend:
             retry=retry or Retry(),
             max_reply_bytes=max_reply_bytes,
             rng=rng or random.Random(),
+            local_address=local_address,
         )
         self._scorer = SCORERS[scorer](
             self._http, backend=self._name, model=model, chat_template=chat_template, extra=self._extra

@@ -78,6 +78,7 @@ class Http:
         retry: When to ask again.
         max_reply_bytes: Largest body taken.
         rng: Where the jitter comes from.
+        local_address: IP address of this machine that connections go out from; None for any.
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Http:
         retry: Retry,
         max_reply_bytes: int,
         rng: random.Random,
+        local_address: str | None = None,
     ) -> None:
         self._url = url
+        self._local = None if local_address is None else (local_address, 0)
         self._backend = backend
         self._headers = {"User-Agent": "agora-llm", "Accept-Encoding": "identity", **headers}
         self._secrets = _secrets_in(headers)
@@ -231,7 +234,7 @@ class Http:
             self._loop = loop
             self._session = aiohttp.ClientSession(
                 # How many requests run at once is the backend's to limit, where it also shows in its load.
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, local_addr=self._local),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout_s),
                 headers=self._headers,

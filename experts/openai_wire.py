@@ -19,6 +19,9 @@ MaxTokensField = Literal["max_tokens", "max_completion_tokens"]
 CHAT: Final = "chat/completions"
 COMPLETIONS: Final = "completions"
 
+CONTINUE: Final[Mapping[str, bool]] = {"continue_final_message": True, "add_generation_prompt": False}
+"""By which vLLM goes on with the last message of a chat; OpenAI has no such thing."""
+
 CHARS_PER_TOKEN: Final = 4
 """For servers that count no tokens: OpenAI's rule of thumb for English text."""
 
@@ -85,6 +88,8 @@ def generate_body(
             "type": "json_schema",
             "json_schema": {"name": "answer", "schema": dict(request.json_schema), "strict": True},
         }
+    if request.goes_on:
+        body |= CONTINUE
     body["stream"] = streamed
     if streamed and include_usage:
         body["stream_options"] = {"include_usage": True}

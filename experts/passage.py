@@ -1,13 +1,14 @@
 """A request's way from machine to machine: how many it may still pass, which it has passed, and how long it may take.
 
 The gateway sets the passage of every request it works on, and whatever is asked of a neighbour on its behalf carries
-it on in four headers:
+it on in five headers:
 
 | header | what it tells |
 | --- | --- |
 | `Agora-Hops` | machines that the request may pass after the one that receives it |
 | `Agora-Path` | ids of the machines it has passed, the first one first |
 | `Agora-Timeout` | seconds left: a duration, since clocks of different machines differ |
+| `Agora-Reach` | highest tier whose machines may see it: `local`, `edge` or `cloud`, which is left out |
 | `X-Request-Id` | what all of them call it in their logs |
 
 Hops bound the work that one request can make in the square; the path stops loops at once, before the hops run out.
@@ -26,10 +27,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from agora.errors import InvalidRequest, LoopDetected, TooManyHops
+from agora.types import Tier, label_of, lowest, reach_of
 
 HOPS: Final = "Agora-Hops"
 PATH: Final = "Agora-Path"
 TIMEOUT: Final = "Agora-Timeout"
+REACH: Final = "Agora-Reach"
 REQUEST_ID: Final = "X-Request-Id"
 
 MOST_HOPS: Final = 16
@@ -71,12 +74,14 @@ class Passage:
         path: Ids of the machines it has passed, the first one first, this one last.
         request_id: What to call it in logs; empty if nobody gave it a name.
         deadline: Event-loop time at which nobody waits for the answer any more; infinite for no limit.
+        reach: The highest tier whose machines may see it.
     """
 
     hops: int
     path: tuple[str, ...]
     request_id: str = ""
     deadline: float = math.inf
+    reach: Tier = Tier.CLOUD
 
     @classmethod
     def begin(cls, *, node: str, max_hops: int, request_id: str = "", timeout_s: float | None = None) -> Passage:
@@ -129,11 +134,13 @@ class Passage:
         if request_id is not None and not is_request_id(request_id):
             raise InvalidRequest(f"header {REQUEST_ID} is {_shown(request_id)}; it must match {_REQUEST_ID.pattern}")
         left = _seconds(_one(headers, TIMEOUT))
+        label = _one(headers, REACH)
         return cls(
             hops=min(int(hops), max_hops),
             path=(*passed, node),
             request_id=request_id or "",
             deadline=math.inf if left is None else asyncio.get_running_loop().time() + left,
+            reach=Tier.CLOUD if label is None else reach_of(label, what=f"header {REACH}"),
         )
 
     @property
@@ -174,10 +181,30 @@ class Passage:
             sent[TIMEOUT] = f"{max(left, SHORTEST_S):.3f}"
         if self.request_id:
             sent[REQUEST_ID] = self.request_id
+        if (reach := lowest(self.reach, current_reach())) is not Tier.CLOUD:
+            sent[REACH] = label_of(reach)
         return sent
 
 
 _CURRENT: Final[ContextVar[Passage | None]] = ContextVar("agora_passage", default=None)
+
+
+_REACH: Final[ContextVar[Tier]] = ContextVar("agora_reach", default=Tier.CLOUD)
+
+
+def current_reach() -> Tier:
+    """The highest tier whose machines may see what is being asked here."""
+    return _REACH.get()
+
+
+@contextmanager
+def bounded(reach: Tier) -> Iterator[None]:
+    """What is asked of neighbours in this block, and in tasks begun in it, tells them to keep to this reach."""
+    token = _REACH.set(lowest(reach, _REACH.get()))
+    try:
+        yield
+    finally:
+        _REACH.reset(token)
 
 
 def current_passage() -> Passage | None:

@@ -21,6 +21,7 @@ from experts.http_reply import Patience, Reply
 from experts.openai import VLLM, ForwardPath, OpenAIBackend
 from experts.openai_wire import messages_body
 from experts.retry import Retry
+from experts.slots import Slots
 from experts.vllm_adapters import VllmAdapters, base_layers
 from experts.vllm_metrics import VllmMetrics, read_metrics
 
@@ -48,6 +49,8 @@ class HttpOptions(TypedDict, total=False):
     max_running: int | None
     max_waiting: int | None
     rng: random.Random | None
+    local_address: str | None
+    slots: Slots | None
 
 
 class VllmClient(OpenAIBackend):

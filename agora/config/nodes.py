@@ -23,6 +23,9 @@ from agora.config.values import (
 )
 from agora.types import Tier
 
+LAST_PORT: Final = 65535
+"""The largest number of a TCP port."""
+
 
 class LocalNode(Table):
     """`[nodes.NAME]` with `kind = "local"`: a model in this process."""
@@ -42,6 +45,7 @@ class CapabilitiesConfig(Table):
     json_schema: bool | None = None
     seed: bool | None = None
     adapters: bool | None = None
+    continues: bool | None = None
     max_context: Count | None = None
 
 
@@ -135,7 +139,7 @@ class VllmNode(Table):
             names, else `.venv-vllm` (`make vllm`) if it is there, else the one agora runs on.
         api_key_env: With `url`: name of the environment variable that holds the API key.
         tier: Where it stands.
-        port: TCP port on 127.0.0.1; absent for a free one.
+        port: TCP port on 127.0.0.1; absent for a free one. Further replicas listen on the ports after it.
         dtype: Number format of the weights; absent for vLLM's own choice, or float32 without a GPU.
         max_context: Tokens of prompt and answer together; absent for the model's own limit, or without a GPU what its
             cache has room for.
@@ -148,6 +152,11 @@ class VllmNode(Table):
         max_waiting: Most requests waiting for that; further ones are refused as overloaded.
         timeout_s: Seconds for a whole request.
         first_token_timeout_s: Seconds until the first token of a stream.
+        replicas: Least servers that are started.
+        max_replicas: Most servers that are started, as there is more to do; absent for no more than `replicas`. With
+            `url` nothing is started, and how many are wanted is only told in the metrics.
+        target_queue: Requests per server, running and waiting, that are aimed at; absent for 16.
+        target_ttft_s: Seconds to the first token, of nine in ten, that are aimed at; absent for any.
     """
 
     kind: Literal["vllm"]
@@ -156,7 +165,7 @@ class VllmNode(Table):
     python: FilePath | None = None
     api_key_env: Variable | None = None
     tier: AnyTier = Tier.EDGE
-    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    port: Annotated[int, Field(ge=1, le=LAST_PORT)] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     max_context: Annotated[int, Field(ge=2)] | None = None
     max_lora_rank: Count | None = None
@@ -167,9 +176,27 @@ class VllmNode(Table):
     max_waiting: Annotated[int, Field(ge=0)] | None = None
     timeout_s: Positive | None = None
     first_token_timeout_s: Positive | None = None
+    replicas: Count = 1
+    max_replicas: Count | None = None
+    target_queue: Positive | None = None
+    target_ttft_s: Positive | None = None
+
+    @property
+    def scales(self) -> bool:
+        """Whether there may be more or fewer servers of it, here or elsewhere."""
+        return self.most_replicas > 1 or self.target_queue is not None or self.target_ttft_s is not None
+
+    @property
+    def most_replicas(self) -> int:
+        """Most servers."""
+        return self.replicas if self.max_replicas is None else self.max_replicas
 
     @model_validator(mode="after")
     def _fits(self) -> VllmNode:
+        if self.most_replicas < self.replicas:
+            raise ValueError(f"max_replicas is {self.max_replicas}, fewer than replicas, which is {self.replicas}")
+        if self.port is not None and self.port + self.most_replicas - 1 > LAST_PORT:
+            raise ValueError(f"{self.most_replicas} replicas from port {self.port} on go past {LAST_PORT}")
         started = ("python", "port", "dtype", "max_context", "max_lora_rank", "start_timeout_s")
         if self.url is not None and (said := [k for k in started if getattr(self, k) is not None]):
             raise ValueError(f"has a url, so nothing is started: leave out {', '.join(said)}")

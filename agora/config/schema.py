@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import platformdirs
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from agora.config.collaboration import LinkConfig, MultiAccessConfig, VerticalConfig
 from agora.config.nodes import NodeConfig
@@ -29,7 +29,8 @@ from agora.config.values import (
     Text,
     Texts,
 )
-from agora.types import MAX_SUBTASKS, Modality, Subtask, TaskGraph
+from agora.errors import InvalidRequest
+from agora.types import LABELS, MAX_SUBTASKS, Modality, Subtask, TaskGraph, Tier, reach_of
 
 DEFAULT_MAX_TOKENS: Final = 192
 """Tokens of one answer: ~150 words, 14 s of the smallest packaged model on two CPU cores, alone or with four others."""
@@ -110,14 +111,29 @@ class ExpertConfig(Table):
         return self
 
 
+def _label(value: object) -> object:
+    try:
+        return reach_of(value)
+    except InvalidRequest:
+        raise ValueError(f"must be one of {', '.join(LABELS)}") from None
+
+
+Reach = Annotated[Tier, BeforeValidator(_label)]
+
+
 class SubtaskConfig(Table):
-    """`[[graph.subtasks]]`: one subtask of a fixed plan; see `agora.types.Subtask`."""
+    """`[[graph.subtasks]]`: one subtask of a fixed plan; see `agora.types.Subtask`.
+
+    Attributes:
+        reach: How far up from this machine it may go, and whatever uses its answer: `local`, `edge` or `cloud`.
+    """
 
     id: Text
     question: Text
     inputs: Texts = ()
     expert: Name | None = None
     max_tokens: Count | None = None
+    reach: Reach = Tier.CLOUD
 
 
 class GraphConfig(Table):

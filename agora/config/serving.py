@@ -7,7 +7,8 @@ from typing import Annotated, Final
 from pydantic import Field, model_validator
 
 from agora.config.table import Table
-from agora.config.values import Count, FilePath, Name, NotNegative, Positive, Text, Url, Variable
+from agora.config.values import AnyTier, Count, FilePath, Name, NotNegative, Positive, Text, Url, Variable
+from agora.types import Tier
 
 DEFAULT_PORT: Final = 8711
 """Port of the gateway: registered for nothing, beside none of the usual model servers (8000, 8080, 11434)."""
@@ -64,6 +65,8 @@ class NeighbourConfig(Table):
         url: Where it listens.
         api_key_env: Name of the environment variable that holds the API key it gave this node.
         experts: Names of its experts that may be asked; absent for all.
+        tier: Where its machine stands: what may not go as far is not sent to it, whatever it says of its experts. It is
+            `end` for another machine of one's own.
         refresh_s: Seconds between two looks at its cards and its health.
         timeout_s: Seconds for a whole request.
         max_running: Most requests sent to it at once; absent for any number.
@@ -72,6 +75,7 @@ class NeighbourConfig(Table):
     url: Url
     api_key_env: Variable | None = None
     experts: Annotated[tuple[Text, ...], Field(strict=False)] | None = None
+    tier: AnyTier = Tier.EDGE
     refresh_s: Positive = 5.0
     timeout_s: Positive | None = None
     max_running: Count | None = None

@@ -10,7 +10,7 @@ from typing import Final
 from agora.network.availability import Availability
 from agora.network.bandwidth import Bandwidth
 from agora.network.ewma import Histogram, Mean, PeakEwma, Slope
-from agora.network.jobs import Observation, ServerLoad
+from agora.network.jobs import MOST, Observation, ServerLoad
 from agora.network.path import Path
 
 RTT_S: Final = 0.05
@@ -161,12 +161,13 @@ class PathMemory:
         up_s = seen.up_s
         if up_s is None and seen.first_token_s is not None and math.isfinite(expected.up_s) and expected.up_s >= rtt:
             up_s = max(seen.first_token_s - rtt - expected.queue_s - expected.prefill_s, 0.0)
-        if up_s is not None:
+        # An answer came, so bytes went both ways: that there are none means that nobody counted them.
+        if up_s is not None and (seen.up_bytes or not seen.ok):
             self.up.observe(seen.up_bytes, up_s, seen.at, rtt_s=rtt, prior=self._up_mbps)
         down_s = seen.down_s
         if down_s is None and seen.first_token_s is not None and seen.completion_tokens < FEW_TOKENS:
             down_s = max(seen.total_s - seen.first_token_s, 0.0)
-        if down_s is not None:
+        if down_s is not None and (seen.down_bytes or not seen.ok):
             self.down.observe(seen.down_bytes, down_s, seen.at, rtt_s=rtt, prior=self._down_mbps)
 
     def observe_errors(self, seen: Observation, expected: Parts) -> None:
@@ -206,7 +207,7 @@ class ServerMemory:
     def prefill(self, now: float, load: ServerLoad | None) -> float:
         """Seconds per prompt token; the server's own word counts most."""
         if load is not None and load.prefill_tps:
-            return 1 / load.prefill_tps
+            return min(1 / load.prefill_tps, MOST)
         pace, at_most = self._prefill.read(now, 1 / PREFILL_TPS), self._at_most.read(now, None)
         # Prompts of one length tell no slope, but each was read in no more than the time to its first token.
         return pace if at_most is None else min(pace, at_most)
@@ -214,7 +215,7 @@ class ServerMemory:
     def decode(self, now: float, load: ServerLoad | None) -> float:
         """Seconds per generated token."""
         if load is not None and load.decode_tps:
-            return 1 / load.decode_tps
+            return min(1 / load.decode_tps, MOST)
         return self._decode.read(now, 1 / DECODE_TPS) or 0.0
 
     def queue(self, now: float, load: ServerLoad | None) -> float:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import itertools
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -101,6 +102,9 @@ def read_mahimahi(file: FilePath) -> tuple[Recording, ...]:
     """
     ways: dict[str, dict[str, Trace]] = {}
     for (name, direction), rows in _groups(file, ("trace", "direction"), ("t_ms", "packets_1500B")):
+        if wrong := [t for t, _ in rows if not 0 <= t / 1e3 / MAHIMAHI_BIN_S <= MAX_ROWS]:
+            most = MAX_ROWS * MAHIMAHI_BIN_S * 1e3
+            raise InvalidRequest(f"{file}: t_ms of {name} is {wrong[0]}; it must be a number from 0 to {most:.0f}")
         packets = {round(t / 1e3 / MAHIMAHI_BIN_S): count for t, count in rows}
         bins = range(min(packets), max(packets) + 1)
         mbps = [packets.get(i, 0.0) * PACKET_MEGABITS / MAHIMAHI_BIN_S for i in bins]
@@ -203,7 +207,7 @@ def _rows(file: FilePath, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
             yield from itertools.islice(table, MAX_ROWS)
     except FileNotFoundError:
         raise InvalidRequest(f"{file} is not there", hint="see that the data folder holds this data set") from None
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as e:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as e:
         raise InvalidRequest(f"{file} cannot be read: {e}", hint="fetch the data set again") from None
 
 

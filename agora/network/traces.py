@@ -109,6 +109,8 @@ class Trace:
         # Never a boundary with nothing left to move after it: of the last byte, the step in which it moves is meant.
         more = max(math.ceil(goal / whole) - 1, 0)
         rest = goal - more * whole
+        if rest <= 0 and more:  # Rounding: it is the last byte of the round before.
+            more, rest = more - 1, whole
         j = self._last_before(rest)
         end = self._edges[j] + (rest - self._moved[j]) / (self._mbps[j] * MEGABIT_BYTES)
         return max(more * self._edges[-1] + end - within, 0.0)

@@ -50,9 +50,11 @@ class Answer:
         seconds: From being asked to having answered, waiting in queues included.
         confidence: Probability in [0, 1] that the answer is right, where someone estimated it.
         mean_logprob: Mean natural-log probability of the generated tokens, where the backend tells.
+        signals: What tells how far it can be trusted, by name (`agora.routing.signals`); finite numbers only.
         finish_reason: `stop` (the model ended) or `length` (it was cut at its token limit).
         adapter: The adapter version that answered, `name@vN`.
         notes: What the reader should know, e.g. that something fell back.
+        path: The path it came by, where there were several.
     """
 
     text: str
@@ -61,9 +63,11 @@ class Answer:
     seconds: float = 0.0
     confidence: float | None = None
     mean_logprob: float | None = None
+    signals: Mapping[str, float] = field(default_factory=dict)
     finish_reason: str = "stop"
     adapter: str | None = None
     notes: tuple[str, ...] = ()
+    path: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 import networkx as nx
 
 from agora.errors import InvalidPlan, InvalidRequest
-from agora.types.words import ID, Modality, checked_question, to_plain
+from agora.types.reach import label_of, lowest, reach_of
+from agora.types.words import ID, Modality, Tier, checked_question, to_plain
 
 MAX_SUBTASKS: Final = 256
 """Subtasks in one task graph. Eight times the largest plan of the benchmarks; a planner gone wild hits it early."""
@@ -34,6 +35,7 @@ class Subtask:
         expert: Name of the expert to ask, or None to let routing choose.
         modality: What the expert must be able to take.
         max_tokens: Most tokens to generate, or None for the expert's own limit.
+        reach: The highest tier whose machines may see it, and whatever uses its answer.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Subtask:
     expert: str | None = None
     modality: Modality = Modality.TEXT
     max_tokens: int | None = None
+    reach: Tier = Tier.CLOUD
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or ID.fullmatch(self.id) is None:
@@ -52,6 +55,13 @@ class Subtask:
             raise InvalidPlan(e.message, hint=e.hint) from None
         if self.max_tokens is not None and not 1 <= self.max_tokens <= MAX_TOKENS:
             raise InvalidPlan(f"max_tokens of subtask {self.id!r} is {self.max_tokens}; allowed: 1 to {MAX_TOKENS}")
+        given: object = self.reach
+        if not isinstance(given, Tier):
+            # Plain text would be compared with nothing later on, and so forbid nothing.
+            try:
+                object.__setattr__(self, "reach", reach_of(given, what=f"reach of subtask {self.id!r}"))
+            except InvalidRequest as e:
+                raise InvalidPlan(e.message, hint=e.hint) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,29 @@ class TaskGraph:
         needed = {i for s in self.subtasks for i in s.inputs}
         return tuple(s for s in self._order if s.id not in needed)
 
+    @property
+    def reach(self) -> Tier:
+        """The highest tier whose machines may see all of it together."""
+        return lowest(*(s.reach for s in self.subtasks))
+
+    def bounded(self, reach: Tier) -> TaskGraph:
+        """The graph with labels that hold for what each subtask really sees.
+
+        No subtask may go further than `reach`, nor than any subtask whose answer it uses, however far back. Idempotent;
+        the graph itself where nothing changes.
+
+        Args:
+            reach: The highest tier whose machines may see the question that the graph was made of.
+        """
+        if reach is Tier.CLOUD and all(s.reach is Tier.CLOUD for s in self.subtasks):
+            return self
+        may: dict[str, Tier] = {}
+        for s in self._order:
+            may[s.id] = lowest(reach, s.reach, *(may[i] for i in s.inputs))
+        if all(s.reach is may[s.id] for s in self.subtasks):
+            return self
+        return TaskGraph(tuple(replace(s, reach=may[s.id]) for s in self.subtasks))
+
     def to_networkx(self) -> nx.DiGraph[str]:
         """A networkx copy: node = subtask id, edge = input → dependant."""
         graph: nx.DiGraph[str] = nx.DiGraph()
@@ -109,7 +142,7 @@ class TaskGraph:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
-        return {"subtasks": [to_plain(s) for s in self.subtasks]}
+        return {"subtasks": [{**to_plain(s), "reach": label_of(s.reach)} for s in self.subtasks]}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> TaskGraph:
@@ -154,6 +187,10 @@ def _subtask_from_dict(item: Any) -> Subtask:
     expert = item.get("expert")
     if expert is not None and not isinstance(expert, str):
         raise InvalidPlan(f"expert of subtask {item['id']!r} must be a name, got {expert!r}")
+    try:
+        reach = reach_of(item.get("reach", Tier.CLOUD), what=f"reach of subtask {item['id']!r}")
+    except InvalidRequest as e:
+        raise InvalidPlan(e.message, hint=e.hint) from None
     return Subtask(
         id=item["id"],
         question=item["question"],
@@ -161,6 +198,7 @@ def _subtask_from_dict(item: Any) -> Subtask:
         expert=expert,
         modality=modality,
         max_tokens=max_tokens,
+        reach=reach,
     )
 
 

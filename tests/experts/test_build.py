@@ -296,7 +296,7 @@ async def test_when_one_node_fails_those_already_open_are_closed(how: str, monke
         await asyncio.sleep(5)
         raise ModelError("no such weights")
 
-    monkeypatch.setattr("experts.build.OPENERS", {"fake": quick, "local": slow})
+    monkeypatch.setattr("experts.paths.OPENERS", {"fake": quick, "local": slow})
     opening = asyncio.ensure_future(open_square(config(TWO_NODES)))
     if how == "fails":
         with pytest.raises(ModelError, match="no such weights"):
@@ -321,7 +321,7 @@ async def test_nodes_are_opened_at_the_same_time_and_only_those_that_experts_are
         backend: Any = Closing()
         return backend
 
-    monkeypatch.setattr("experts.build.OPENERS", {"fake": slow, "local": slow})
+    monkeypatch.setattr("experts.paths.OPENERS", {"fake": slow, "local": slow})
     began = asyncio.get_running_loop().time()
     square = await open_square(config(TWO_NODES + '[nodes.idle]\nkind = "fake"\n'))
     assert asyncio.get_running_loop().time() - began == pytest.approx(5.0)

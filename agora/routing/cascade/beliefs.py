@@ -206,7 +206,8 @@ def fit_beliefs(
         scaled = scaling(standing.features)
         told = np.column_stack([quality, got[subset]])
         around = _identity(scaling, standing)
-        out = _held_out(scaled, told, folds, around)
+        # before anybody was asked, nothing is known that is not in the guess
+        out = _held_out(scaled, told, folds, around) if asked else expit(scaled @ around)
         held = out[:, m] if asked else np.zeros(n)
         features = worth_features(out[:, :m], held, asked)
         worth_scaling = Scaling.of(features)
@@ -222,7 +223,7 @@ def fit_beliefs(
         belief = Belief(
             subset=subset,
             scaling=scaling,
-            quality=logistic(scaled, told, penalty=PENALTY, around=around),
+            quality=logistic(scaled, told, penalty=PENALTY, around=around) if asked else around,
             costing=costing,
             cost=ridge(spending, evidence.cost / mean_cost, penalty=PENALTY),
             seconds=seconds,

@@ -39,6 +39,11 @@ class Evidence:
         """How many of the last columns of `before` are features of the text."""
         return TEXT_FEATURES
 
+    @property
+    def said(self) -> Floats:
+        """What the priors say."""
+        return self.before[:, : self.before.shape[1] - TEXT_FEATURES]
+
     def __len__(self) -> int:
         return len(self.before)
 

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agora.errors import InvalidRequest
-from agora.routing.cascade.beliefs import MAX_MODELS, Forecast, fit_beliefs
+from agora.routing.cascade.beliefs import MAX_MODELS, Belief, Forecast, fit_beliefs
 from agora.routing.cascade.evidence import Evidence, evidence_of
 from agora.routing.cascade.fitted import Fitted, Mind, Vertex
 from agora.routing.cascade.frontier import hull, under_curve
 from agora.routing.cascade.outcomes import Outcomes
 from agora.routing.cascade.priors import PRIORS, cross_fitted, fit_priors
 from agora.routing.cascade.reading import Reader, cross_read
-from agora.routing.cascade.replay import Board, board_from, play
+from agora.routing.cascade.replay import Board, board_from, board_of, play
 from agora.routing.cascade.rules import Cascade, CascadeRouting, Routing, Rule, Single, Stopping
 
 Floats = NDArray[np.float64]
@@ -114,11 +114,21 @@ def fit_kinds(
     worths = worths_for(outcomes)
     rng = np.random.default_rng(seed)
     outer = _folds(n, folds, rng)
+    names = tuple(sorted(outcomes.signals))
+    fitting = partial(fit_priors, kinds=priors)
+    # One cross-fitting serves all: what a prior says of a question never comes from that question. Those that the
+    # held out questions are judged by did see other held out ones, which is what stacking costs everywhere.
+    evidence = evidence_of(outcomes, cross_fitted(outcomes, outer, fitting), names)
+    mean_cost = np.maximum(outcomes.cost.mean(axis=0), 1e-12)
+    learn = partial(_learn, worths=worths, deadline=deadline, timed=outcomes.seconds is not None, rng=rng)
     parts: list[tuple[NDArray[np.int_], Board]] = []
     for fold in range(folds):
-        held = np.flatnonzero(outer == fold)
-        mind = _learn(outcomes.take(np.flatnonzero(outer != fold)), priors, worths, deadline, rng)
-        parts.append((held, mind.board(outcomes.take(held))))
+        held, rest = np.flatnonzero(outer == fold), np.flatnonzero(outer != fold)
+        reader, beliefs = learn(evidence.take(rest), outcomes.quality[rest])
+        about = evidence.take(held)
+        parts.append(
+            (held, board_of(about, reader, beliefs, mean_cost=mean_cost, worths=len(worths), deadline=deadline))
+        )
     board = _joined(parts, deadline)
     quality = outcomes.quality[np.concatenate([held for held, _ in parts])]
     tried = {kind: _tried(rules, board, quality) for kind, rules in _rules(m, worths).items()}
@@ -131,7 +141,17 @@ def fit_kinds(
         if gains[kind] > gains[picked] + (MARGIN if picked != "single" else 0.0):
             picked = kind
     timed = outcomes.seconds is not None
-    mind = _learn(outcomes, priors, worths, deadline, rng)
+    reader, beliefs = learn(evidence, outcomes.quality)
+    mind = Mind(
+        models=outcomes.models,
+        signals=names,
+        priors=fitting(outcomes),
+        reader=reader,
+        beliefs=beliefs,
+        mean_cost=mean_cost,
+        worths=worths,
+        deadline=deadline,
+    )
     top = _judged(singles.rules[int(singles.cost.mean(axis=1).argmax())], board, quality, timed=timed)
     report = {
         "rows": n,
@@ -189,32 +209,25 @@ def _folds(n: int, folds: int, rng: np.random.Generator) -> NDArray[np.int_]:
 
 
 def _learn(
-    outcomes: Outcomes, kinds: Sequence[str], worths: Floats, deadline: float | None, rng: np.random.Generator
-) -> Mind:
-    inner = _folds(len(outcomes), INNER_FOLDS, rng)
-    names = tuple(sorted(outcomes.signals))
-    fitting = partial(fit_priors, kinds=kinds)
-    evidence = evidence_of(outcomes, cross_fitted(outcomes, inner, fitting), names)
-    reading = cross_read(evidence, outcomes.quality, _folds(len(outcomes), INNER_FOLDS, rng))
+    evidence: Evidence,
+    quality: Floats,
+    *,
+    worths: Floats,
+    deadline: float | None,
+    timed: bool,
+    rng: np.random.Generator,
+) -> tuple[Reader, dict[int, Belief]]:
+    n = len(evidence)
     beliefs = fit_beliefs(
         evidence,
-        reading,
-        outcomes.quality,
+        cross_read(evidence, quality, _folds(n, INNER_FOLDS, rng)),
+        quality,
         worths=worths,
-        folds=_folds(len(outcomes), INNER_FOLDS, rng),
+        folds=_folds(n, INNER_FOLDS, rng),
         deadline=deadline,
-        timed=outcomes.seconds is not None,
+        timed=timed,
     )
-    return Mind(
-        models=outcomes.models,
-        signals=names,
-        priors=fitting(outcomes),
-        reader=Reader.fit(evidence, outcomes.quality),
-        beliefs=beliefs,
-        mean_cost=np.maximum(outcomes.cost.mean(axis=0), 1e-12),
-        worths=worths,
-        deadline=deadline,
-    )
+    return Reader.fit(evidence, quality), beliefs
 
 
 def _joined(parts: Sequence[tuple[NDArray[np.int_], Board]], deadline: float | None) -> Board:

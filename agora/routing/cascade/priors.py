@@ -14,13 +14,14 @@ from scipy.special import expit
 
 from agora.routing.cascade.linear import Scaling, logistic
 from agora.routing.cascade.outcomes import Outcomes
-from agora.routing.cascade.text_features import TEXT_FEATURES, text_features, word_rows
+from agora.routing.cascade.text_features import TEXT_FEATURES, text_features, weighed, word_counts
 
 Floats = NDArray[np.float64]
 Vectors = NDArray[np.float32] | None
 
-NEIGHBOURS: Final = 64
-"""Neighbours that say how well a model does near a question: a share of right answers known to 0.06. Not tuned."""
+NEIGHBOURS: Final = 150
+"""Neighbours that say how well a model does near a question: a share of right answers known to 0.04. On MMLU, 50 and
+400 gained 0.0017 less by routing."""
 
 SHRINKAGE: Final = 8.0
 """Neighbours' worth of the model's mean that is mixed in, so that few or far neighbours say little."""
@@ -28,8 +29,12 @@ SHRINKAGE: Final = 8.0
 PENALTY: Final = 30.0
 """Of the logistic regression on an embedding's 384 numbers and the text's features, all standardised."""
 
-WORD_PENALTY: Final = 3.0
-"""Of the regression on hashed words, whose rows have length 1."""
+WORD_PENALTY: Final = 5.0
+"""Of the regression on hashed words, whose rows have length 1. On 40 random splits of MATH, routing by it gained 0.011
+with 3 and 0.013 with 12; on fewer or shorter questions less is lost with the larger."""
+
+GLANCE: Final = 0.1
+"""Squared length of a question's text features beside its words': they are few, and would else rule."""
 
 
 OPENING_SHRINKAGE: Final = 20.0
@@ -135,34 +140,58 @@ class EmbeddingLogistic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """Ridge regression on hashed words and pairs of words; needs no embedding."""
+    """Ridge regression on hashed words and pairs of words, the rare ones counting more, and on the text's features.
 
+    It needs no embedding.
+
+    Attributes:
+        rarity: Log of one over the share of questions that have each hashed word, shape (`WORDS`,).
+        scaling: Of the text's features.
+        weights: Shape (`WORDS` + text features, m).
+        bias: Shape (m,).
+    """
+
+    rarity: Floats
+    scaling: Scaling
     weights: Floats
     bias: Floats
 
     @classmethod
     def fit(cls, outcomes: Outcomes) -> Self | None:
         """Learns it."""
+        from scipy.sparse import hstack
         from sklearn.linear_model import Ridge
 
-        model = Ridge(alpha=WORD_PENALTY, solver="sparse_cg", tol=1e-4)
-        model.fit(word_rows(outcomes.questions), outcomes.quality)
+        counts = word_counts(outcomes.questions)
+        rarity = np.log((1 + len(outcomes)) / (1 + np.asarray((counts > 0).sum(axis=0)).ravel())) + 1
+        features = text_features(outcomes.questions)
+        scaling = Scaling.of(features, np.sqrt(GLANCE / TEXT_FEATURES))
+        model = Ridge(alpha=WORD_PENALTY, solver="sparse_cg", tol=1e-3)
+        model.fit(hstack([weighed(counts, rarity), scaling(features)[:, :-1]]).tocsr(), outcomes.quality)
         weights = np.atleast_2d(np.asarray(model.coef_, dtype=np.float64)).T
-        return cls(weights=weights, bias=np.atleast_1d(np.asarray(model.intercept_, dtype=np.float64)))
+        bias = np.atleast_1d(np.asarray(model.intercept_, dtype=np.float64))
+        return cls(rarity=rarity, scaling=scaling, weights=np.ascontiguousarray(weights), bias=bias)
 
     def predict(self, texts: Sequence[str], embeddings: Vectors) -> Floats:
         """Shape (n, m), in [0, 1]."""
-        result: Floats = np.clip(word_rows(texts) @ self.weights + self.bias, 0.0, 1.0)
-        return result
+        words, glance = self.weights[: len(self.rarity)], self.weights[len(self.rarity) :]
+        told = weighed(word_counts(texts), self.rarity) @ words + self.scaling(text_features(texts))[:, :-1] @ glance
+        return np.clip(told + self.bias, 0.0, 1.0)
 
     def arrays(self) -> Mapping[str, NDArray[np.generic]]:
-        """Weights and bias."""
-        return {"weights": self.weights, "bias": self.bias}
+        """Rarity, scaling, weights and bias."""
+        return {"rarity": self.rarity, **self.scaling.arrays(), "weights": self.weights, "bias": self.bias}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> Self:
         """The inverse of `arrays`."""
-        return cls(weights=arrays["weights"].astype(np.float64), bias=arrays["bias"].astype(np.float64))
+        floats = {name: array.astype(np.float64) for name, array in arrays.items()}
+        return cls(
+            rarity=floats["rarity"],
+            scaling=Scaling.from_arrays(floats),
+            weights=floats["weights"],
+            bias=floats["bias"],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +256,7 @@ PRIORS: Final[Mapping[str, type[Prior]]] = {
     "words": Words,
     "openings": Openings,
 }
-"""Estimators by name. What they say is put together by a logistic regression (`agora.routing.cascade.beliefs`)."""
+"""Estimators by name. What they say is put together in `agora.routing.cascade.stacking`."""
 
 
 def fit_priors(outcomes: Outcomes, kinds: Sequence[str]) -> dict[str, Prior]:

@@ -12,21 +12,21 @@ from scipy.special import expit, logit
 
 from agora.routing.cascade.evidence import Evidence
 from agora.routing.cascade.linear import Scaling, logistic, ridge
+from agora.routing.cascade.stacking import Stack
 
 Floats = NDArray[np.float64]
 
 PENALTY: Final = 20.0
 """Of the regressions, on standardised features."""
 
-APART_PENALTY: Final = 20.0
-"""Of the distance of each model's weights from those of all models' mean: whether a question is hard is far easier to
-learn than for whom, and the choice among models hangs on the latter."""
-
 TEXT_TRUST: Final = 0.3
 """Of a text's own features beside what priors say; see `Scaling.of`."""
 
 LOG_COST: Final = 5.0
 """Largest distance from a model's mean cost that is expected or learned from, as a log: a factor of 150."""
+
+SURE: Final = 0.01
+"""Nothing is believed to be likelier or less likely than this before anybody was asked; a sum may leave [0, 1]."""
 
 MOST: Final = 6.0
 """Largest log odds that are believed of one answer: 400 to 1, beyond what a thousand questions can show."""
@@ -53,11 +53,11 @@ class Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """Logistic regressions on all that is known: one for the question, one for each model's answer.
+    """What the priors say together of a question, and a logistic regression for each model's answer.
 
     Attributes:
+        before: Of what the priors say.
         scaling: Of a question's features.
-        before: Weights, shape (d + 1, m).
         cost: Weights for the log of its share of each model's mean, shape (d + 1, m).
         seconds: Weights, shape (d + 1, m).
         own_scaling: Of the features of a question and each model's answer.
@@ -65,8 +65,8 @@ class Reader:
         usual: Log odds that each model is right, whatever the question, shape (m,).
     """
 
+    before: Stack
     scaling: Scaling
-    before: Floats
     cost: Floats
     seconds: Floats
     own_scaling: tuple[Scaling, ...]
@@ -78,17 +78,18 @@ class Reader:
         """Learns from what n models made of m questions; `quality` has shape (n, m)."""
         m = quality.shape[1]
         mean = np.maximum(evidence.cost.mean(axis=0), 1e-12)
-        scaling = Scaling.of(evidence.before, _trust(evidence, 0))
+        scaling = Scaling.of(evidence.before, _trust(evidence))
         scaled = scaling(evidence.before)
-        common = logistic(scaled, quality.mean(axis=1, keepdims=True), penalty=PENALTY)
+        stack = Stack.fit(evidence.said, quality)
+        before = _log_odds(stack(evidence.said))
         own_scaling, own = [], []
         for j in range(m):
-            features = _with_answer(evidence, j)
-            own_scaling.append(Scaling.of(features, _trust(evidence, evidence.own.shape[2])))
+            features = _with_answer(evidence, before, j)
+            own_scaling.append(Scaling.of(features, _own_trust(evidence)))
             own.append(logistic(own_scaling[-1](features), quality[:, [j]], penalty=PENALTY))
         return cls(
+            before=stack,
             scaling=scaling,
-            before=logistic(scaled, quality, penalty=APART_PENALTY, around=common),
             cost=_log_cost(scaled, evidence.cost / mean),
             seconds=ridge(scaled, evidence.seconds, penalty=PENALTY),
             own_scaling=tuple(own_scaling),
@@ -99,12 +100,13 @@ class Reader:
     def read(self, evidence: Evidence, asked: Sequence[int]) -> Reading:
         """Reads questions and the answers of those asked; `alone` is 0 for others, whose answers are not looked at."""
         scaled = self.scaling(evidence.before)
+        before = _log_odds(self.before(evidence.said))
         alone = np.zeros((len(evidence), len(self.own)))
         for j in asked:
-            scores = self.own_scaling[j](_with_answer(evidence, j)) @ self.own[j]
+            scores = self.own_scaling[j](_with_answer(evidence, before, j)) @ self.own[j]
             alone[:, j] = np.clip(scores[:, 0], -MOST, MOST)
         return Reading(
-            before=np.clip(scaled @ self.before, -MOST, MOST),
+            before=before,
             alone=alone,
             cost=np.exp(np.clip(scaled @ self.cost, -LOG_COST, LOG_COST)),
             seconds=np.maximum(scaled @ self.seconds, 0.0),
@@ -114,7 +116,7 @@ class Reader:
     def arrays(self) -> dict[str, Floats]:
         """What it consists of, by name."""
         arrays = {
-            "before": self.before,
+            **self.before.arrays(),
             "cost": self.cost,
             "seconds": self.seconds,
             "usual": self.usual,
@@ -127,10 +129,10 @@ class Reader:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Floats]) -> Reader:
         """The inverse of `arrays`."""
-        models = range(arrays["before"].shape[1])
+        models = range(len(arrays["usual"]))
         return cls(
+            before=Stack.from_arrays(arrays),
             scaling=Scaling.from_arrays(arrays),
-            before=arrays["before"],
             cost=arrays["cost"],
             seconds=arrays["seconds"],
             own_scaling=tuple(
@@ -170,10 +172,21 @@ def _log_cost(scaled: Floats, share: Floats) -> Floats:
     return weights
 
 
-def _trust(evidence: Evidence, own: int) -> Floats:
+def _log_odds(quality: Floats) -> Floats:
+    """Of probabilities that may leave [0, 1]."""
+    result: Floats = logit(np.clip(quality, SURE, 1 - SURE))
+    return result
+
+
+def _trust(evidence: Evidence) -> Floats:
     said = evidence.before.shape[1] - evidence.texts
-    return np.concatenate([np.ones(said), np.full(evidence.texts, TEXT_TRUST), np.ones(own)])
+    return np.concatenate([np.ones(said), np.full(evidence.texts, TEXT_TRUST)])
 
 
-def _with_answer(evidence: Evidence, model: int) -> Floats:
-    return np.column_stack([evidence.before, evidence.own[:, model]])
+def _own_trust(evidence: Evidence) -> Floats:
+    return np.concatenate([np.ones(1), np.full(evidence.texts, TEXT_TRUST), np.ones(evidence.own.shape[2])])
+
+
+def _with_answer(evidence: Evidence, before: Floats, model: int) -> Floats:
+    texts = evidence.before[:, evidence.before.shape[1] - evidence.texts :]
+    return np.column_stack([before[:, model], texts, evidence.own[:, model]])

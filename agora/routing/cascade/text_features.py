@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 MAX_CHARS: Final = 8_192
 """Characters of a question that are looked at."""
 
-WORDS: Final = 4_096
-"""Columns into which words and pairs of words are hashed: some ten times as many as a question has words, so that few
-of one question fall together. Not tuned."""
+WORDS: Final = 2**15
+"""Columns into which words and pairs of words are hashed: some hundred times as many as a question has words, so that
+few fall together. Not tuned."""
 
 TEXT_FEATURES: Final = 17
 """Columns of `text_features`."""
@@ -70,10 +70,19 @@ def _row(text: str) -> list[float]:
     return [float(np.log1p(count)) for count in counts]
 
 
-def word_rows(texts: Sequence[str]) -> csr_matrix:
-    """Words and pairs of neighbouring words, hashed; shape (n, `WORDS`), unit rows."""
+def word_counts(texts: Sequence[str]) -> csr_matrix:
+    """Words and pairs of neighbouring words, hashed: 1 + log of how often each occurs; shape (n, `WORDS`)."""
     # scikit-learn takes a second to import
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    hashing = HashingVectorizer(n_features=WORDS, ngram_range=(1, 2), alternate_sign=True, norm="l2")
-    return hashing.transform([text[:MAX_CHARS] for text in texts])
+    hashing = HashingVectorizer(n_features=WORDS, ngram_range=(1, 2), alternate_sign=False, norm=None)
+    counts = hashing.transform([text[:MAX_CHARS] for text in texts])
+    counts.data = 1 + np.log(counts.data)
+    return counts
+
+
+def weighed(counts: csr_matrix, rarity: NDArray[np.float64]) -> csr_matrix:
+    """Counts times each word's weight, unit rows; of shape (n, `WORDS`) and (`WORDS`,)."""
+    from sklearn.preprocessing import normalize
+
+    return normalize(counts.multiply(rarity).tocsr())

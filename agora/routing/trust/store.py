@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ class Version:
         expert: Its name.
         adapter: The adapter it answers with, `name@vN`; None for none.
         base: Name of its base model.
+        settings: Stands for how it is spoken to (its prompt, temperature, longest answer); empty for the usual way.
 
     Raises:
         InvalidRequest: If the expert's name is none.
@@ -32,6 +34,7 @@ class Version:
     expert: str
     adapter: str | None
     base: str
+    settings: str = ""
 
     def __post_init__(self) -> None:
         if ID.fullmatch(self.expert) is None:
@@ -40,13 +43,15 @@ class Version:
     @property
     def file(self) -> str:
         """Name of its file."""
-        told = hashlib.sha256(f"{self.adapter}\n{self.base}".encode()).hexdigest()[:12]
+        parts = [str(self.adapter), self.base, *([self.settings] if self.settings else [])]
+        told = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
         return f"{self.expert}~{told}.json"
 
     @property
     def words(self) -> str:
         """For people."""
-        return f"{self.base} with {f'adapter {self.adapter}' if self.adapter else 'no adapter'}"
+        told = f"{self.base} with {f'adapter {self.adapter}' if self.adapter else 'no adapter'}"
+        return f"{told}, settings {self.settings}" if self.settings else told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,7 @@ class CalibratorStore:
             "expert": version.expert,
             "adapter": version.adapter,
             "base": version.base,
+            "settings": version.settings,
             "calibrator": calibrator.to_dict(),
         }
         write_sealed(self._folder / version.file, body)
@@ -96,14 +102,18 @@ class CalibratorStore:
         """The calibrator for exactly this version.
 
         Raises:
-            ConfigError: If a file of this expert is damaged.
+            ConfigError: If its file is damaged.
         """
-        others = []
-        for path in sorted(self._folder.glob(f"{version.expert}~*.json")):
-            kept, calibrator = self._read(path)
+        own = self._folder / version.file
+        if own.exists():
+            kept, calibrator = self._read(own)
             if kept == version:
                 return Found(calibrator=calibrator)
-            others.append(kept)
+        others = []
+        for path in sorted(self._folder.glob(f"{version.expert}~*.json")):
+            # One of another version does not count: were damage to it an error, calibrating again would not mend it.
+            with suppress(ConfigError):
+                others.append(self._read(path)[0])
         if others:
             made_for = " and for ".join(v.words for v in others)
             why = f"{version.expert} was calibrated for {made_for}, and is now {version.words}: that no longer counts"
@@ -117,7 +127,12 @@ class CalibratorStore:
                 raise ConfigError(
                     f"{path}: has format {body['format']!r}; this agora reads format {FORMAT}", hint=AGAIN
                 )
-            version = Version(expert=str(body["expert"]), adapter=body["adapter"], base=str(body["base"]))
+            version = Version(
+                expert=str(body["expert"]),
+                adapter=body["adapter"],
+                base=str(body["base"]),
+                settings=str(body["settings"]),
+            )
             return version, Calibrator.from_dict(body["calibrator"])
         except (KeyError, TypeError, ValueError, InvalidRequest) as e:
             raise ConfigError(f"{path}: is not a calibrator: {type(e).__name__}: {e}", hint=AGAIN) from e

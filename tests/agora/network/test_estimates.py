@@ -198,6 +198,22 @@ def test_running_requests_share_the_bandwidth() -> None:
     assert alone * 3 < shared < alone * 4.01
 
 
+def test_answers_whose_bytes_nobody_counted_say_nothing_of_the_bandwidth() -> None:
+    now, way = Now(), path(rtt_s=0.0)
+    estimates = Estimates(now)
+    for i in range(20):
+        estimates.observe(Observation(path=way, at=float(i), ok=True, first_token_s=0.5, total_s=0.9))
+    now.t = 20.0
+    parts = estimates.expect(way, Job(up_bytes=1_000_000, down_bytes=1_000_000)).parts
+    assert parts.up_s == pytest.approx(8 / 80) and parts.down_s == pytest.approx(8 / 160)
+
+
+def test_a_server_that_tells_next_to_no_pace_is_slow_and_not_nan() -> None:
+    load = ServerLoad(prefill_tps=5e-324, decode_tps=5e-324)
+    assert Estimates(Now()).expect(path(), Job(), load=load).seconds == pytest.approx(0.04)
+    assert Estimates(Now()).expect(path(), JOB, load=load).seconds > 1e15
+
+
 def test_forgetting_a_path() -> None:
     now = Now()
     estimates, way = Estimates(now), path()

@@ -46,6 +46,21 @@ def test_values_hold_until_the_next() -> None:
     assert TRACE.moved(5.0, 5.0) == TRACE.moved(6.0, 5.0) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("times", "mbps", "end", "size", "start"),
+    [
+        ([0.0, 0.1, 0.2], [0, 0.1, 1], 0.30000000000000004, 41250.000000000015, 0.6404601078208078),
+        ([0.0, 0.3, 0.4, 1.4], [0, 1e-9, 1, 0], 1.7333333333333332, 3500000.0003499994, -3.532538738522741),
+    ],
+)
+def test_a_transfer_that_ends_with_a_round_ends_though_the_next_begins_with_nothing(
+    times: list[float], mbps: list[float], end: float, size: float, start: float
+) -> None:
+    trace = Trace(times, mbps, end_s=end)
+    took = trace.transfer_s(start, size)
+    assert trace.moved(start, start + took) == pytest.approx(size)
+
+
 def test_a_trace_of_nothing_never_ends_a_transfer() -> None:
     assert Trace([0.0, 1.0], [0.0, 0.0]).transfer_s(0.5, 1) == math.inf
 
@@ -132,6 +147,24 @@ def test_ucc_kilobits_and_speed_tests_are_read(tmp_path: FilePath) -> None:
     read = trace_files.read_speedtests(write(tmp_path / "t.csv.gz", *tests))
     assert len(read) == 2 and trace_files.median_rtt_s(read, "4G-LTE") == pytest.approx(0.05)
     assert trace_files.median_rtt_s(read, "5G") is None
+
+
+@pytest.mark.parametrize("time", ["nan", "inf", "1e300", "1e12", "-5"])
+def test_a_time_that_cannot_be_is_told_clearly(tmp_path: FilePath, time: str) -> None:
+    file = tmp_path / "x.csv.gz"
+    file.write_bytes(gzip.compress(f"trace,direction,t_ms,packets_1500B\na,down,0,3\na,down,{time},3\n".encode()))
+    with pytest.raises(InvalidRequest, match="t_ms of a is"):
+        trace_files.read_mahimahi(file)
+
+
+def test_a_file_that_is_damaged_in_the_middle_is_told_clearly(tmp_path: FilePath) -> None:
+    rows = "".join(f"a,w,{i},{i * 7919 % 1000},{i * 31337 % 977}\n" for i in range(2000))
+    packed = bytearray(gzip.compress(f"trace,mobility,t_s,mbps_5g,mbps_4g\n{rows}".encode()))
+    packed[len(packed) // 2] ^= 0xFF
+    packed[len(packed) // 2 + 1] ^= 0x55
+    (tmp_path / "x.csv.gz").write_bytes(packed)
+    with pytest.raises(InvalidRequest, match="x.csv.gz"):
+        trace_files.read_multipath(tmp_path / "x.csv.gz")
 
 
 def test_damaged_files_are_told_clearly(tmp_path: FilePath) -> None:
