@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
@@ -15,34 +15,79 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.pregel import Pregel
 
 from agora.config import Config, may_join
-from agora.errors import ConfigError, ModelError
+from agora.errors import ConfigError, InvalidRequest, ModelError
+from agora.protocols import Embedder
 from agora.routing import ROUTERS, KeywordRouter, Router
 from agora.square import Square
-from agora.types import Budget
+from agora.types import Budget, Tier
 from experts.embed import DEFAULT_MODEL, MiniLM
 from experts.models import ModelStore
 from experts.nodes import OnPull
+from graphs.departure import Condenser, Departure, Redactor
 from graphs.horizontal import horizontal
+from graphs.multi_access import multi_access
 from graphs.named import Named
+from graphs.once import Once
 from graphs.plan import Plan, Planner, make_planner
+from graphs.plan_within import plan_within
+from graphs.signals import SIGNALS
+from graphs.stream_budget import StreamBudget
 from graphs.synthesise import LLMSynthesiser, SectionsSynthesiser, Synthesiser
+from graphs.vertical import vertical
 
 T = TypeVar("T")
 
 Graph = Pregel[Any, Any, Any, Any]
 
 
+class Common:
+    """What several graphs of one process have in common, e.g. one budget for all questions: made once, by name."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returned when this name was first asked for."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: T = self._made[name]
+        return made
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """A router that is ready.
+    """A router that is ready. Graphs that are built with the same one share what is in `common`.
 
     Attributes:
         router: Ranks experts for a subtask.
+        embedder: Turns questions into vectors, where there is an embedding model.
         notes: What the reader should know, e.g. that it is not the one asked for.
+        common: What the graphs have in common.
     """
 
     router: Router
+    embedder: Embedder | None = None
     notes: tuple[str, ...] = ()
+    common: Common = field(default_factory=Common)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What `build_graph` made ready for whichever graph is named.
+
+    Attributes:
+        planner: Makes the task graph.
+        synthesiser: Makes one answer of the parts.
+        budget: What a run may spend.
+        routing: The router, and what graphs of this process have in common.
+        checkpointer: Where finished subtasks are kept.
+    """
+
+    planner: Planner
+    synthesiser: Synthesiser
+    budget: Budget
+    routing: Routing
+    checkpointer: BaseCheckpointSaver[Any] | None
 
 
 EMBEDDING: Final = frozenset({"embedding"})
@@ -74,6 +119,7 @@ def _llm_planner(config: Config, square: Square) -> Planner:
 PLANNERS: Final[Mapping[str, Callable[[Config, Square], Planner]]] = MappingProxyType(
     {
         "rules": lambda config, square: make_planner("rules"),
+        "none": lambda config, square: make_planner("none"),
         "llm": _llm_planner,
         "static": _static_planner,
     }
@@ -88,7 +134,91 @@ SYNTHESISERS: Final[Mapping[str, Callable[[Config, Square], Synthesiser]]] = Map
 )
 """Synthesisers that `[graph] synthesiser` may name."""
 
-GRAPHS: Final[Mapping[str, Callable[..., Graph]]] = MappingProxyType({"horizontal": horizontal})
+
+def _horizontal(config: Config, square: Square, shared: Shared) -> Graph:
+    return horizontal(
+        square,
+        planner=shared.planner,
+        router=shared.routing.router,
+        synthesiser=shared.synthesiser,
+        budget=shared.budget,
+        max_parallel=config.graph.max_parallel,
+        max_attempts=config.graph.max_attempts,
+        checkpointer=shared.checkpointer,
+    )
+
+
+def _multi_access(config: Config, square: Square, shared: Shared) -> Graph:
+    return multi_access(
+        square,
+        planner=shared.planner,
+        router=shared.routing.router,
+        synthesiser=shared.synthesiser,
+        budget=shared.budget,
+        scheduler=config.multi_access.scheduler,
+        max_parallel=config.graph.max_parallel,
+        max_attempts=config.graph.max_attempts,
+        checkpointer=shared.checkpointer,
+    )
+
+
+def _departure(config: Config, square: Square) -> Departure | None:
+    """What is done to a text before it leaves the end tier; None if nothing is."""
+    table = config.vertical
+    shorteners = []
+    if table.condense_tokens is not None:
+        ladder = [e for e in map(square.get, table.experts) if e is not None] if table.experts else list(square)
+        # The cheapest expert of the end tier condenses; without one, passages are chosen by rules.
+        ends = sorted((e for e in ladder if e.card.tier is Tier.END), key=lambda e: e.card.price_per_mtok)
+        shorteners.append(Condenser(table.condense_tokens, expert=ends[0] if ends else None))
+    try:
+        redactor = Redactor(table.redact) if table.redact else None
+    except InvalidRequest as e:
+        raise ConfigError(f"{config.origin}: vertical.redact: {e.message}") from None
+    return Departure(redactor=redactor, shorteners=shorteners) if redactor or shorteners else None
+
+
+def _vertical(config: Config, square: Square, shared: Shared) -> Graph:
+    # Not at the top of the file: what it reads with takes half a second to import.
+    from graphs.calibrating import load_trust, policy_folder
+
+    table, common = config.vertical, shared.routing.common
+    if unknown := [name for name in table.signals if name not in SIGNALS]:
+        raise ConfigError(f"{config.origin}: vertical.signals: unknown {unknown}; allowed: {', '.join(SIGNALS)}")
+    return vertical(
+        square,
+        experts=table.experts,
+        trust=functools.partial(
+            load_trust, policy_folder(config), config=config, embeds=shared.routing.embedder is not None
+        ),
+        trade_off=table.trade_off,
+        max_risk=table.max_risk,
+        confidence=table.confidence,
+        accept=table.accept,
+        signals=table.signals,
+        samples=table.samples,
+        # One budget and one cache for answers that are waited for and for runs alike.
+        stream=common.once("stream", lambda: StreamBudget(cost=table.stream_cost, seconds=table.stream_seconds)),
+        departure=_departure(config, square),
+        once=common.once("once", lambda: Once(cache_entries=table.cache_entries if table.cache else 0)),
+        planner=shared.planner,
+        router=shared.routing.router,
+        synthesiser=shared.synthesiser,
+        embedder=shared.routing.embedder,
+        budget=shared.budget,
+        max_parallel=config.graph.max_parallel,
+        max_attempts=config.graph.max_attempts,
+        checkpointer=shared.checkpointer,
+    )
+
+
+GRAPHS: Final[Mapping[str, Callable[[Config, Square, Shared], Graph]]] = MappingProxyType(
+    {
+        "horizontal": _horizontal,
+        "vertical": _vertical,
+        "multi_access": _multi_access,
+    }
+)
 """Graphs that `[graph] name` may name."""
 
 
@@ -113,8 +243,17 @@ class _Noted:
     def name(self) -> str:
         return self._planner.name
 
+    @property
+    def asks_nobody(self) -> bool:
+        return getattr(self._planner, "asks_nobody", False)
+
     async def plan(self, question: str, *, timeout_s: float | None = None, budget: Budget | None = None) -> Plan:
-        plan = await self._planner.plan(question, timeout_s=timeout_s, budget=budget)
+        return await self.plan_within(question, reach=Tier.CLOUD, timeout_s=timeout_s, budget=budget)
+
+    async def plan_within(
+        self, question: str, *, reach: Tier, timeout_s: float | None = None, budget: Budget | None = None
+    ) -> Plan:
+        plan = await plan_within(self._planner, question, reach=reach, timeout_s=timeout_s, budget=budget)
         return dataclasses.replace(plan, notes=(*self._notes, *plan.notes))
 
 
@@ -145,7 +284,7 @@ async def open_router(
         yield Routing(router=make(None), notes=(note,))
         return
     try:
-        yield Routing(router=make(embedder))
+        yield Routing(router=make(embedder), embedder=embedder)
     finally:
         await embedder.aclose()
 
@@ -184,16 +323,14 @@ def build_graph(
     routing = routing or Routing(router=KeywordRouter())
     planner = _named(PLANNERS, config, "planner")(config, square)
     limits = config.graph
-    return _named(GRAPHS, config, "name")(
-        square,
+    shared = Shared(
         planner=_Noted(planner, routing.notes) if routing.notes else planner,
-        router=routing.router,
         synthesiser=_named(SYNTHESISERS, config, "synthesiser")(config, square),
         budget=Budget(deadline_s=limits.deadline_s, cost=limits.cost, tokens=limits.tokens),
-        max_parallel=limits.max_parallel,
-        max_attempts=limits.max_attempts,
+        routing=routing,
         checkpointer=checkpointer,
     )
+    return _named(GRAPHS, config, "name")(config, square, shared)
 
 
 def _named(registry: Mapping[str, T], config: Config, key: str) -> T:

@@ -9,20 +9,32 @@ from dataclasses import dataclass, replace
 
 from agora.errors import InvalidRequest
 from agora.types import MAX_QUESTION_CHARS, Attempt, Subtask, checked_question
-from graphs.crew import Crew, OnEnd, OnStart
 from graphs.execution import Ask, How
+from graphs.solver import OnEnd, OnStart, Solver, Steps
 from graphs.spend import Spend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Informed(Crew):
+class Informed:
     """A crew whose every member is told the same before its question.
 
     Attributes:
+        crew: Who can be asked.
         said_before: What they are told.
     """
 
+    crew: Solver
     said_before: str
+
+    @property
+    def most_steps(self) -> int:
+        """Those of the crew."""
+        return self.crew.most_steps
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of the crew."""
+        return self.crew.notes
 
     async def solve(
         self,
@@ -33,10 +45,13 @@ class Informed(Crew):
         deadline: float | None,
         on_start: OnStart,
         on_end: OnEnd,
+        steps: Steps,
     ) -> tuple[Attempt, ...]:
-        """See `Crew.solve`; who is chosen depends on what was said before, too."""
+        """See `Solver.solve`; who is chosen depends on what was said before, too."""
         text = f"{self.said_before}\n\n{question}"
-        return await Crew.solve(self, subtask, text, spend=spend, deadline=deadline, on_start=on_start, on_end=on_end)
+        return await self.crew.solve(
+            subtask, text, spend=spend, deadline=deadline, on_start=on_start, on_end=on_end, steps=steps
+        )
 
 
 def informed(how: How, state: Ask) -> How:
@@ -55,6 +70,4 @@ def informed(how: How, state: Ask) -> How:
             "allowed",
             hint="leave out the oldest of it",
         )
-    crew = how.crew
-    told = Informed(square=crew.square, router=crew.router, max_attempts=crew.max_attempts, said_before=said_before)
-    return replace(how, crew=told)
+    return replace(how, crew=Informed(crew=how.crew, said_before=said_before))

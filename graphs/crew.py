@@ -5,26 +5,39 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import ClassVar, Final
 
 from agora.errors import (
-    AdapterError,
     AgoraError,
-    BackendError,
     BackendTimeout,
     BudgetExceeded,
     DeadlineExceeded,
+    OutOfReach,
     Overloaded,
-    Rejected,
     Unavailable,
-    Unsupported,
 )
 from agora.routing.router import Router
+from agora.routing.takers import beyond
 from agora.square import Expert, Square
-from agora.types import Answer, Attempt, Failure, Outcome, Subtask, Usage
-from graphs.spend import Spend, prompt_tokens
+from agora.types import Answer, Attempt, Failure, Outcome, Subtask, Tier
+from graphs.call import After, Call, internal, left_until, passed
+from graphs.departure import Departure, Prepared
+from graphs.once import Once
+from graphs.solver import OnEnd, OnStart, Steps
+from graphs.spend import Spend
+
+__all__ = [
+    "MAX_ATTEMPTS",
+    "After",
+    "Crew",
+    "ask_expert",
+    "internal",
+    "left_until",
+    "missing_input",
+    "not_asked",
+    "passed",
+]
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +45,8 @@ MAX_ATTEMPTS: Final = 3
 """Experts asked for one subtask in one round: if each fails on its own one time in ten, one subtask in a
 thousand stays without an answer."""
 
-_NOT_READ: Final = (Unavailable, Overloaded, Rejected, Unsupported, AdapterError)
-"""Errors of a backend that had no part of the prompt read: nothing was used. After any other the prompt counts."""
-
-_OF_THE_NODE: Final = frozenset({Unavailable.code, BackendTimeout.code, Overloaded.code})
+OF_THE_NODE: Final = frozenset({Unavailable.code, BackendTimeout.code, Overloaded.code})
 """Failures that the other experts on the same machine are likely to share."""
-
-OnStart = Callable[[int, str, str], None]
-OnEnd = Callable[[int, Attempt, bool], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +57,18 @@ class Crew:
         square: Who is here.
         router: Ranks experts for a subtask.
         max_attempts: Experts asked for one subtask in one round; passing failures get a second round.
+        departure: What is done to a text before it leaves this machine's tier.
+        once: Makes identical calls once.
     """
 
     square: Square
     router: Router
     max_attempts: int = MAX_ATTEMPTS
+    departure: Departure | None = None
+    once: Once | None = None
+
+    most_steps: ClassVar[int] = 0
+    notes: ClassVar[tuple[str, ...]] = ()
 
     async def solve(
         self,
@@ -65,6 +79,7 @@ class Crew:
         deadline: float | None,
         on_start: OnStart,
         on_end: OnEnd,
+        steps: Steps | None = None,
     ) -> tuple[Attempt, ...]:
         """Asks for one subtask until someone answers. Never raises an `AgoraError`: failures are values.
 
@@ -75,14 +90,15 @@ class Crew:
             deadline: Event-loop time at which to stop, or None.
             on_start: Called with (number of the attempt from 1, expert, why).
             on_end: Called with (number of the attempt, the attempt, whether it was the last).
+            steps: Not used: a solution is kept as a whole.
 
         Returns:
             All attempts, at least one; the last one's outcome counts.
         """
         attempts: list[Attempt] = []
-        left = _left(deadline)
+        left = left_until(deadline)
         if left is not None and left <= 0:
-            attempt = _not_asked(Failure.of(DeadlineExceeded("the run's deadline passed before this was asked")))
+            attempt = not_asked(Failure.of(DeadlineExceeded("the run's deadline passed before this was asked")))
             on_end(1, attempt, True)
             return (attempt,)
         try:
@@ -94,7 +110,7 @@ class Crew:
             failure = Failure.of(e)
         except Exception as e:
             log.exception("routing of subtask %s failed", subtask.id)
-            failure = _internal(e)
+            failure = internal(e)
         else:
             names = [c.expert for c in ranking.candidates]
             failed: set[str] = set()
@@ -105,9 +121,9 @@ class Crew:
                 if attempts:
                     why = f"{attempts[-1].expert} failed; {why}"
                 on_start(number, expert.name, why)
-                attempt = await _ask(expert, subtask, question, why=why, spend=spend, deadline=deadline)
+                attempt = await self.ask(expert, subtask, question, why=why, spend=spend, deadline=deadline)
                 attempts.append(attempt)
-                if isinstance(attempt.outcome, Failure) and attempt.outcome.code in _OF_THE_NODE:
+                if isinstance(attempt.outcome, Failure) and attempt.outcome.code in OF_THE_NODE:
                     failed.add(expert.node)
                 names = _worth_asking(names, attempt.outcome, expert, self.square)
                 last = number >= self.max_attempts or self._next(names, failed) is None
@@ -115,9 +131,33 @@ class Crew:
                 if last:
                     return tuple(attempts)
             failure = Failure(code="no_expert", message=f"everyone chosen has left: {names}", transient=True)
-        attempt = _not_asked(failure)
+        attempt = not_asked(failure)
         on_end(1, attempt, True)
         return (attempt,)
+
+    async def ask(
+        self,
+        expert: Expert,
+        subtask: Subtask,
+        question: str,
+        *,
+        why: str,
+        spend: Spend,
+        deadline: float | None,
+        after: After | None = None,
+    ) -> Attempt:
+        """Asks one expert once, the way this crew does; see `ask_expert`."""
+        return await ask_expert(
+            expert,
+            subtask,
+            question,
+            why=why,
+            spend=spend,
+            deadline=deadline,
+            departure=self.departure,
+            once=self.once,
+            after=after,
+        )
 
     def _next(self, names: list[str], failed: set[str]) -> Expert | None:
         """The best who is still here; one on a machine that has just failed only when there is nobody else."""
@@ -135,78 +175,73 @@ def _worth_asking(others: list[str], outcome: Outcome, asked: Expert, square: Sq
     return others
 
 
-async def _ask(
-    expert: Expert, subtask: Subtask, question: str, *, why: str, spend: Spend, deadline: float | None
+async def ask_expert(
+    expert: Expert,
+    subtask: Subtask,
+    question: str,
+    *,
+    why: str,
+    spend: Spend,
+    deadline: float | None,
+    departure: Departure | None = None,
+    once: Once | None = None,
+    after: After | None = None,
 ) -> Attempt:
+    """Asks one expert once, within budget and deadline. Never raises an `AgoraError`: failures are values.
+
+    This is the one way by which a subtask's text leaves; the label on it is looked at once more before it does.
+
+    Args:
+        expert: Whom to ask.
+        subtask: What for.
+        question: The text to ask.
+        why: Why this expert, for the attempt.
+        spend: The run's spending; what the call used is counted in it.
+        deadline: Event-loop time at which to stop, or None.
+        departure: What is done to a text before it leaves this machine's tier.
+        once: Makes identical calls once.
+        after: Called with the text that was asked and the answer as it came; gives the answer to go on with. It counts
+            what it uses in `spend` and in the answer, keeps to the deadline, and raises no `AgoraError`.
+    """
     started_at, started = time.time(), time.monotonic()
-    chars = len(question) + len(expert.system_prompt or "")
+    call = Call(expert=expert, subtask=subtask, text=question, spend=spend, deadline=deadline, after=after)
     outcome: Outcome
-    counted = False
+    prepared: Prepared | None = None
     try:
-        left = _left(deadline)
+        if (reason := beyond(expert.card, subtask.reach)) is not None:
+            raise OutOfReach(f"{expert.name} was not asked: {reason}")
+        left = left_until(deadline)
         if left is not None and left <= 0:
             raise DeadlineExceeded(f"the run's deadline passed before {expert.name} was asked")
-        async with asyncio.timeout(left), spend.grant(expert.card, chars, subtask.max_tokens) as most:
-            # The expert is told its time so that a remote one can stop by itself; the block holds it to that.
-            outcome = await expert.ask(question, max_tokens=most, timeout_s=_left(deadline))
-            spend.add(outcome.usage)  # before the promise is released, or another call could have both
-            counted = True
-        if outcome.text == "":
-            outcome = Failure(
-                code="bad_reply", message=f"{expert.name} gave an empty answer", transient=True, usage=outcome.usage
-            )
-        elif outcome.finish_reason == "length" and most < min(subtask.max_tokens or most + 1, expert.card.max_tokens):
-            outcome = replace(outcome, notes=(*outcome.notes, f"cut short: the budget left {most} tokens for it"))
+        async with asyncio.timeout(left):
+            if departure is not None and expert.card.tier is not Tier.END:
+                prepared = await departure.prepare(question, expert, spend=spend, deadline=deadline)
+                call.text = prepared.text
+            if once is None:
+                outcome = (await call.make()).outcome
+            else:
+                outcome = await once.ask(call, private=prepared is not None and prepared.private)
     except TimeoutError:
-        outcome = Failure.of(DeadlineExceeded(f"the run's deadline passed while {expert.name} was answering"))
-        outcome = replace(outcome, usage=_read_at_least(expert, chars))
+        outcome = call.broke_off()
     except AgoraError as e:
-        late = isinstance(e, BackendTimeout) and _passed(deadline)
-        outcome = Failure.of(DeadlineExceeded(str(e)) if late else e)
-        if isinstance(e, BackendError) and not isinstance(e, _NOT_READ):
-            outcome = replace(outcome, usage=_read_at_least(expert, chars))
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        # Nobody cancelled the run: the backend's own work was, e.g. since it was closed.
-        outcome = Failure(code="unavailable", message=f"{expert.name} dropped the question", transient=True)
+        outcome = Failure.of(e)
     except Exception as e:
-        # A third-party backend may raise anything; one subtask's trouble must not end the others.
-        log.exception("expert %s failed", expert.name)
-        outcome = _internal(e)
+        log.exception("preparing a question for %s failed", expert.name)
+        outcome = internal(e)
+    if prepared is not None:
+        outcome = prepared.returned(outcome)
     seconds = time.monotonic() - started
     if isinstance(outcome, Failure):
         outcome = replace(outcome, expert=expert.name, seconds=seconds)
-        if not counted:
-            spend.add(outcome.usage)
     return Attempt(expert=expert.name, why=why, outcome=outcome, started_at=started_at, seconds=seconds)
-
-
-def _read_at_least(expert: Expert, chars: int) -> Usage:
-    """What a call that broke off has used as far as anybody can tell: its prompt."""
-    tokens = prompt_tokens(chars)
-    return Usage(prompt_tokens=tokens, cost=expert.card.cost_of(tokens), calls=1)
 
 
 def missing_input(subtask: Subtask, missing: list[str]) -> Attempt:
     """The attempt that stands for a subtask that could not be asked since its inputs have no answer."""
     needs = ", ".join(missing)
-    return _not_asked(Failure(code="missing_input", message=f"{subtask.id} needs {needs}, which has no answer"))
+    return not_asked(Failure(code="missing_input", message=f"{subtask.id} needs {needs}, which has no answer"))
 
 
-def _not_asked(failure: Failure) -> Attempt:
+def not_asked(failure: Failure) -> Attempt:
+    """The attempt that stands for a subtask that nobody was asked."""
     return Attempt(expert=None, why="nobody was asked", outcome=failure, started_at=time.time(), seconds=0.0)
-
-
-def _internal(error: Exception) -> Failure:
-    return Failure(code="internal", message=f"{type(error).__name__}: {error}", usage=Usage())
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else deadline - asyncio.get_running_loop().time()
-
-
-def _passed(deadline: float | None) -> bool:
-    left = _left(deadline)
-    return left is not None and left <= 0

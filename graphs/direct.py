@@ -8,7 +8,7 @@ so, of 3.3. Whoever invokes or streams the graph itself gets LangGraph, as does 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from langsmith.utils import tracing_is_enabled
@@ -18,6 +18,7 @@ from agora.types import Answer, Attempt, Outcome, RunResult, TaskGraph
 from graphs.context import informed
 from graphs.execution import Ask, How, Run
 from graphs.plan import Plan
+from graphs.solver import Steps
 
 _ATTRIBUTE: Final = "agora_how"
 
@@ -34,6 +35,15 @@ class DirectCalls:
     def solve(self, run: Run, subtask: str, number: int) -> asyncio.Future[Any]:
         """Calls `run.solve`."""
         return asyncio.ensure_future(run.solve(run.by_id[subtask], number))
+
+    def steps(self, run: Run, subtask: str, number: int) -> Steps:
+        """Takes every step when its turn has come."""
+
+        async def step(name: str, body: Callable[[], Awaitable[Attempt]]) -> Attempt:
+            async with run.turn(subtask):
+                return await body()
+
+        return step
 
     def attempts(self, value: Any, subtask: str, number: int) -> tuple[Attempt, ...]:
         """What the future gave."""

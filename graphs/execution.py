@@ -12,13 +12,16 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol, TypedDict
 
-from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest, StoreError
+from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest, OutOfReach, StoreError
 from agora.events import AttemptEnded, AttemptStarted, Event, Planned, RunFinished, RunStarted, Synthesising
+from agora.routing.takers import beyond
+from agora.square import Expert
 from agora.types import (
     Answer,
     Attempt,
@@ -28,11 +31,17 @@ from agora.types import (
     RunResult,
     Subtask,
     TaskGraph,
+    Tier,
     checked_question,
+    reach_of,
 )
-from graphs.crew import Crew, missing_input
+from graphs.crew import missing_input
+from graphs.departure import Departure
+from graphs.outside import plan_outside, synthesise_outside
+from graphs.places import Fifo, Places, Scheduler
 from graphs.plan import Plan, Planner
 from graphs.render import plain_question, render
+from graphs.solver import Solver, Steps
 from graphs.spend import Spend
 from graphs.synthesise import SectionsSynthesiser, Synthesiser, answered, combine, synthesis_prompt
 
@@ -47,11 +56,14 @@ class Ask(TypedDict, total=False):
     """What goes into the graph. All but `question` may be left out; keys of a larger state are ignored.
 
     What was said before the question is told to whoever is asked for a part of it; only the question is planned over.
+    `reach` says how far up question and what was said before may go, and with them every part of it: `local`, `edge` or
+    `cloud` (see `agora.types.reach`).
     """
 
     question: str
     said_before: str
     budget: dict[str, Any]
+    reach: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +76,17 @@ class How:
         synthesiser: Makes one answer of the parts.
         budget: What a run may spend, unless its input says otherwise.
         max_parallel: Subtasks asked at the same time.
+        scheduler: Which of the subtasks that wait for that are asked first.
+        departure: What is done to a text before it leaves this machine's tier, whoever asks.
     """
 
-    crew: Crew
+    crew: Solver
     planner: Planner
     synthesiser: Synthesiser
     budget: Budget
     max_parallel: int
+    scheduler: Scheduler = field(default_factory=Fifo)
+    departure: Departure | None = None
 
 
 class Calls(Protocol):
@@ -90,6 +106,9 @@ class Calls(Protocol):
     def solve(self, run: Run, subtask: str, number: int) -> asyncio.Future[Any]:
         """Calls `run.solve`; all subtasks of a round are called at once, in topological order."""
 
+    def steps(self, run: Run, subtask: str, number: int) -> Steps:
+        """Keeps the steps of one call of `run.solve`, in the order in which they are taken."""
+
     def attempts(self, value: Any, subtask: str, number: int) -> tuple[Attempt, ...]:
         """What the future of `solve` gave, read. Raises whatever shows that it is something else."""
 
@@ -108,7 +127,7 @@ class Run:
         emit: Told every event as it happens.
 
     Raises:
-        InvalidRequest: If the question or the budget cannot be.
+        InvalidRequest: If the question, the budget or the label cannot be.
     """
 
     def __init__(
@@ -118,12 +137,15 @@ class Run:
             raise InvalidRequest("the input needs the key 'question'", hint="invoke with {'question': '…'}")
         self.how = how
         self.question = checked_question(state["question"])
+        self.said_before = state.get("said_before") or ""
         self.id = run_id or uuid.uuid4().hex
         self.budget = _budget(state.get("budget")) or how.budget
+        self.reach = Tier.CLOUD if state.get("reach") is None else reach_of(state["reach"])
         self.spend = Spend(self.budget)
         self.started = asyncio.get_running_loop().time()
         self.deadline = None if self.budget.deadline_s is None else self.started + self.budget.deadline_s
-        self.slots = asyncio.Semaphore(how.max_parallel)
+        self.places = Places(how.max_parallel)
+        self.urgency: Mapping[str, float] = {}
         self.emit = emit
         self.calls = calls
         self.settled: dict[str, asyncio.Future[Outcome]] = {}
@@ -147,10 +169,16 @@ class Run:
             AgoraError: If planning fails, or a result cannot be kept or read back.
         """
         self.emit(RunStarted(run=self.id, at=time.time(), question=self.question))
+        if self.how.departure is not None:
+            # As a whole, before its parts leave, each without what the others tell.
+            await self.how.departure.learn(f"{self.said_before}\n\n{self.question}", spend=self.spend)
         plan = await self.calls.plan(self)
+        # Once more for a plan that was recorded: the label of the run holds whatever the record says.
+        plan = replace(plan, graph=plan.graph.bounded(self.reach))
         self.spend.add(plan.usage)
         self.order = plan.graph.order
         self.by_id = {s.id: s for s in self.order}
+        self.urgency = self.how.scheduler.urgencies(plan.graph)
         self.emit(Planned(run=self.id, at=time.time(), graph=plan.graph, planner=plan.planner, notes=plan.notes))
         await self._round(1)
         self.first = {i: many[-1].outcome for i, many in self.attempts.items()}
@@ -170,7 +198,7 @@ class Run:
             self.lost.set_exception(StoreError(f"a result could not be kept: {error}", hint="is the disk full?"))
 
     async def plan(self) -> Plan:
-        """The first step: makes the task graph, within the run's time.
+        """The first step: makes the task graph, within the run's time, and labels it.
 
         Raises:
             DeadlineExceeded: If that is up.
@@ -179,7 +207,15 @@ class Run:
         try:
             async with asyncio.timeout(self.left):
                 share = None if self.left is None else self.left * PLANNING_SHARE
-                return await self.how.planner.plan(self.question, timeout_s=share, budget=self.budget)
+                return await plan_outside(
+                    self.how.planner,
+                    self.question,
+                    reach=self.reach,
+                    departure=self.how.departure,
+                    spend=self.spend,
+                    timeout_s=share,
+                    budget=self.budget,
+                )
         except TimeoutError:
             raise DeadlineExceeded(
                 f"the deadline of {self.budget.deadline_s:g} s passed while planning", hint="give it more time"
@@ -207,7 +243,8 @@ class Run:
         # What else went wrong in it is no news once the run has ended otherwise.
         everything.add_done_callback(lambda f: f.cancelled() or f.exception())
         try:
-            for _ in range(self.calls.replay_ticks):
+            # A subtask that was interrupted in the middle hands over its steps one after the other.
+            for _ in range(self.calls.replay_ticks * (1 + self.how.crew.most_steps)):
                 await asyncio.sleep(0)
             self.open.set()
             either: set[asyncio.Future[Any]] = {everything, self.lost}
@@ -258,7 +295,9 @@ class Run:
 
     async def solve(self, subtask: Subtask, number: int) -> tuple[Attempt, ...]:
         """The body of a subtask: wait for the inputs, take a slot, ask. Settles the subtask for those that need it."""
-        await self.open.wait()
+        stepwise = self.how.crew.most_steps > 0
+        if not stepwise:
+            await self.open.wait()
         before = self.attempts.get(subtask.id, ())
         if number > 1 and subtask.id not in self._worth_asking_again():
             if not self.settled[subtask.id].done():
@@ -271,7 +310,7 @@ class Run:
             self._tell_end(subtask.id, len(before) + 1, many[0], True)
         else:
             answers = {i: (self.by_id[i], o) for i, o in inputs.items() if isinstance(o, Answer)}
-            async with self.slots:
+            async with nullcontext() if stepwise else self.turn(subtask.id):
                 many = await self.how.crew.solve(
                     subtask,
                     render(subtask, answers),
@@ -279,10 +318,18 @@ class Run:
                     deadline=self.deadline,
                     on_start=lambda n, expert, why: self._tell_start(subtask.id, len(before) + n, expert, why),
                     on_end=lambda n, attempt, last: self._tell_end(subtask.id, len(before) + n, attempt, last),
+                    steps=self.calls.steps(self, subtask.id, number),
                 )
         # Before the checkpoint is written: those that wait for this one start a write earlier.
         self.settled[subtask.id].set_result(many[-1].outcome)
         return many
+
+    @asynccontextmanager
+    async def turn(self, subtask: str) -> AsyncIterator[None]:
+        """A place among those who may be asked at the same time, once what is on record has been counted."""
+        await self.open.wait()
+        async with self.places.at(self.urgency.get(subtask, 0.0)):
+            yield
 
     def _tell_start(self, subtask: str, attempt: int, expert: str, why: str) -> None:
         self.emit(
@@ -299,6 +346,8 @@ class Run:
 
     def _tell_end(self, subtask: str, attempt: int, result: Attempt, final: bool, *, at: float | None = None) -> None:
         self.told.add((subtask, attempt))
+        if at is None:  # It was asked now, and is not from the record.
+            self.how.scheduler.saw(result)
         self.emit(
             AttemptEnded(
                 run=self.id,
@@ -331,7 +380,15 @@ class Run:
     async def synthesise(self, graph: TaskGraph, outcomes: Mapping[str, Outcome]) -> Answer:
         """The synthesis, within budget and deadline; whatever goes wrong with it, the parts are given as they are."""
         synthesiser = self.how.synthesiser
-        ask = partial(synthesiser.synthesise, self.question, graph, outcomes)
+        ask = partial(
+            synthesise_outside,
+            synthesiser,
+            self.question,
+            graph,
+            outcomes,
+            departure=self.how.departure,
+            spend=self.spend,
+        )
         try:
             if self.left is not None and self.left <= 0 and synthesiser.asks is not None:
                 raise DeadlineExceeded("the run's deadline passed before they could be put together")
@@ -339,8 +396,11 @@ class Run:
                 if synthesiser.asks is None:
                     return await ask()
                 expert = synthesiser.asks
+                _check_reach(expert, graph.reach)
                 chars = len(synthesis_prompt(self.question, graph, outcomes)) + len(expert.system_prompt or "")
                 async with self.spend.grant(expert.card, chars, None) as most:
+                    # Whoever has the name by now: nothing is waited for between this look and the asking.
+                    _check_reach(synthesiser.asks, graph.reach)
                     return await ask(max_tokens=most, timeout_s=self.left)
         except TimeoutError:
             why = "the run's deadline passed while they were put together"
@@ -362,13 +422,18 @@ class Run:
             planner=plan.planner,
             attempts={s.id: self.attempts[s.id] for s in self.order},
             missing=missing,
-            notes=(*plan.notes, *self._cut_short(outcomes), *final.notes),
+            notes=(*plan.notes, *self.how.crew.notes, *self._cut_short(outcomes), *final.notes),
             usage=self.spend.spent,
             seconds=asyncio.get_running_loop().time() - self.started,
         )
 
     def _cut_short(self, outcomes: Mapping[str, Outcome]) -> list[str]:
         return [f"{s.id}: {n}" for s in self.order if isinstance(o := outcomes[s.id], Answer) for n in o.notes]
+
+
+def _check_reach(expert: Expert | None, reach: Tier) -> None:
+    if expert is not None and (reason := beyond(expert.card, reach)) is not None:
+        raise OutOfReach(f"{expert.name} may not see them: {reason}")
 
 
 def _budget(plain: Any) -> Budget | None:

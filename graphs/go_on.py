@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from agora.errors import InvalidRequest, RunNotFound
 from agora.events import Event
-from agora.types import Budget, RunResult
+from agora.types import Budget, RunResult, Tier
 from graphs.run import Graph, resume, run
 
 
@@ -16,6 +16,7 @@ async def go_on(
     question: str,
     *,
     budget: Budget | None = None,
+    reach: Tier = Tier.CLOUD,
     on_event: Callable[[Event], None] | None = None,
 ) -> RunResult:
     """Brings a run to its result: from its checkpoint, or from its question if it was stopped before the first one.
@@ -25,6 +26,7 @@ async def go_on(
         run_id: The run's id.
         question: What was asked.
         budget: What it may spend if it has to start from its question; a checkpoint brings its own.
+        reach: How far up it may go, likewise.
         on_event: Called with every event, those of finished subtasks first; with none if all was done but the telling.
 
     Raises:
@@ -33,7 +35,7 @@ async def go_on(
     try:
         return await resume(graph, run_id, on_event=on_event)
     except RunNotFound:
-        return await run(graph, question, run_id=run_id, budget=budget, on_event=on_event)
+        return await run(graph, question, run_id=run_id, budget=budget, reach=reach, on_event=on_event)
     except InvalidRequest:
         # Stopped after its last checkpoint and before its result was written down: the checkpoint has the result.
         state = await graph.aget_state({"configurable": {"thread_id": run_id}})

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
-from agora.errors import AgoraError, BackendTimeout, InvalidPlan, InvalidRequest
+from agora.errors import AgoraError, BackendTimeout, InvalidPlan, InvalidRequest, OutOfReach
 from agora.protocols import Backend, Completion, GenerateRequest, Message
+from agora.routing.takers import beyond
 from agora.square import Square
-from agora.types import MAX_SUBTASKS, Budget, ExpertCard, TaskGraph, Usage, checked_question
+from agora.types import MAX_SUBTASKS, Budget, ExpertCard, TaskGraph, Tier, Usage, checked_question
 from graphs.named import Named
 from graphs.plan import Plan, Planner
 from graphs.plan_reply import checked_plan, cut, find_plan, plan_schema
+from graphs.plan_within import plan_within
 from graphs.rules import RulePlanner
 from graphs.spend import Spend
 
@@ -84,6 +86,8 @@ class LLMPlanner:
         max_tokens: Most tokens of one reply.
         price_per_mtok: Money per million tokens, prompt and generated alike; not for an expert by its name, who has a
             price of its own.
+        tier: Where the backend's machine stands; not for an expert by its name, either. A question that may not go that
+            far is planned by the fall-back.
 
     Raises:
         InvalidRequest: If a limit or the price is out of range, or the backend takes neither chats nor prompts.
@@ -100,6 +104,7 @@ class LLMPlanner:
         fallback: Planner | None = None,
         max_tokens: int = PLAN_TOKENS,
         price_per_mtok: float = 0.0,
+        tier: Tier = Tier.CLOUD,
     ) -> None:
         if not 1 <= max_subtasks <= MAX_SUBTASKS:
             raise InvalidRequest(f"max_subtasks is {max_subtasks}; allowed: 1 to {MAX_SUBTASKS}")
@@ -115,6 +120,7 @@ class LLMPlanner:
         self._fallback = fallback or RulePlanner(max_subtasks=max_subtasks)
         self._max_tokens = max_tokens
         self._price = price_per_mtok
+        self._tier = tier
 
     async def plan(self, question: str, *, timeout_s: float | None = None, budget: Budget | None = None) -> Plan:
         """Makes the plan, with one call of the model or two.
@@ -127,14 +133,25 @@ class LLMPlanner:
         Raises:
             InvalidRequest: If the question cannot be asked.
         """
+        return await self.plan_within(question, reach=Tier.CLOUD, timeout_s=timeout_s, budget=budget)
+
+    async def plan_within(
+        self, question: str, *, reach: Tier, timeout_s: float | None = None, budget: Budget | None = None
+    ) -> Plan:
+        """As `plan`; where the model's machine is above `reach` the fall-back plans, and the plan names nobody above.
+
+        Raises:
+            InvalidRequest: If the question cannot be asked.
+        """
         checked_question(question)
         clock = asyncio.get_running_loop().time
         deadline = None if timeout_s is None else clock() + timeout_s
         spend = Spend(budget or Budget())
         try:
-            asked = self._asked()
+            asked = self._asked(reach)
         except AgoraError as e:
-            return await self._fall_back(question, f"the planning model cannot be asked ({cut(str(e))})", spend.spent)
+            why = f"the planning model cannot be asked ({cut(str(e))})"
+            return await self._fall_back(question, why, spend.spent, reach)
         refused: list[_Refused] = []
         while len(refused) < 2:
             turns = asked.turns(question, refused)
@@ -142,7 +159,8 @@ class LLMPlanner:
                 async with spend.grant(asked.card, sum(len(t.content) for t in turns), None) as most:
                     reply = await asked.ask(turns, most, None if deadline is None else deadline - clock())
             except AgoraError as e:
-                return await self._fall_back(question, f"the planning model failed ({cut(str(e))})", spend.spent)
+                why = f"the planning model failed ({cut(str(e))})"
+                return await self._fall_back(question, why, spend.spent, reach)
             spend.add(replace(reply.usage, cost=asked.card.cost_of(reply.usage.tokens)))
             try:
                 graph = self._read(reply, question, asked.experts)
@@ -151,33 +169,38 @@ class LLMPlanner:
                 continue
             notes = (f"the model's plan was accepted after one repair: {cut(refused[0].error)}",) if refused else ()
             return Plan(graph=graph, planner=self.name, notes=notes, usage=spend.spent)
-        return await self._fall_back(
-            question, f"the planning model returned no valid plan twice ({cut(refused[-1].error)})", spend.spent
-        )
+        why = f"the planning model returned no valid plan twice ({cut(refused[-1].error)})"
+        return await self._fall_back(question, why, spend.spent, reach)
 
-    async def _fall_back(self, question: str, why: str, usage: Usage) -> Plan:
-        plan = await self._fallback.plan(question)
+    async def _fall_back(self, question: str, why: str, usage: Usage, reach: Tier) -> Plan:
+        plan = await plan_within(self._fallback, question, reach=reach)
         note = f"{why}; planned by {plan.planner}"
         return replace(plan, notes=(note, *plan.notes), usage=usage + plan.usage)
 
-    def _asked(self) -> _Asked:
-        """Who is asked for this plan, and whom it may name: those who are here now.
+    def _asked(self, reach: Tier) -> _Asked:
+        """Who is asked for this plan, and whom it may name: those who are here now and may see the question.
 
         Raises:
+            OutOfReach: If the model may not see the question.
             NoExpert: If the expert that should plan is not here.
             InvalidRequest: If it cannot.
         """
-        backend, price = self._who, self._price
+        backend, price, tier = self._who, self._price, self._tier
         if isinstance(backend, Named):
             expert = backend.here()
-            backend, price = expert.backend, expert.card.price_per_mtok
+            backend, price, tier = expert.backend, expert.card.price_per_mtok, expert.card.tier
             _check_able(backend)
+        card = ExpertCard(
+            name=self.name, description="plans", price_per_mtok=price, max_tokens=self._max_tokens, tier=tier
+        )
+        if (reason := beyond(card, reach)) is not None:
+            raise OutOfReach(reason)
         here = (e.card for e in self._experts) if isinstance(self._experts, Square) else self._experts
-        cards = tuple(islice(here, MAX_EXPERTS_SHOWN))
+        cards = tuple(islice((c for c in here if beyond(c, reach) is None), MAX_EXPERTS_SHOWN))
         names = tuple(c.name for c in cards)
         return _Asked(
             backend=backend,
-            card=ExpertCard(name=self.name, description="plans", price_per_mtok=price, max_tokens=self._max_tokens),
+            card=card,
             experts=names,
             instructions=_instructions(cards, self._max),
             schema=plan_schema(names) if backend.capabilities.json_schema else None,

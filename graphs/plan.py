@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from agora.errors import InvalidPlan, InvalidRequest
-from agora.types import Budget, Subtask, TaskGraph, Usage, checked_question
+from agora.types import Budget, Subtask, TaskGraph, Tier, Usage, checked_question
 
 QUESTION: Final = "{question}"
 """What stands for the query in the subtasks of a `StaticPlanner`."""
@@ -35,7 +35,7 @@ class Plan:
 
 
 class Planner(Protocol):
-    """Turns a question into a task graph."""
+    """Turns a question into a task graph. One that shows the question to nobody may say so: `asks_nobody = True`."""
 
     @property
     def name(self) -> str:
@@ -53,6 +53,16 @@ class Planner(Protocol):
             InvalidRequest: If the question cannot be asked (empty, too long, not Unicode).
             InvalidPlan: If a plan given by the caller is not valid.
         """
+
+
+@runtime_checkable
+class BoundedPlanner(Planner, Protocol):
+    """A planner that can be told how far up the question may go. Others are not asked where that is bounded."""
+
+    async def plan_within(
+        self, question: str, *, reach: Tier, timeout_s: float | None = None, budget: Budget | None = None
+    ) -> Plan:
+        """As `plan`, showing the question to nobody above `reach`."""
 
 
 class StaticPlanner:
@@ -77,6 +87,7 @@ class StaticPlanner:
     """
 
     name = "static"
+    asks_nobody = True
 
     def __init__(self, plan: TaskGraph | Sequence[Subtask] | Callable[[str], TaskGraph | Sequence[Subtask]]) -> None:
         self._make = plan if callable(plan) else None
@@ -94,6 +105,33 @@ class StaticPlanner:
             return Plan(graph=_graph(self._make(question)), planner=self.name)
         assert self._graph is not None
         return Plan(graph=TaskGraph(tuple(_filled(s, question) for s in self._graph.subtasks)), planner=self.name)
+
+    async def plan_within(
+        self, question: str, *, reach: Tier, timeout_s: float | None = None, budget: Budget | None = None
+    ) -> Plan:
+        """`plan`, which shows the question to nobody."""
+        return await self.plan(question)
+
+
+class WholePlanner:
+    """Leaves every question whole: one subtask, in the user's words."""
+
+    name = "none"
+    asks_nobody = True
+
+    async def plan(self, question: str, *, timeout_s: float | None = None, budget: Budget | None = None) -> Plan:
+        """The one subtask; takes no time worth limiting.
+
+        Raises:
+            InvalidRequest: If the question cannot be asked.
+        """
+        return Plan(graph=TaskGraph((Subtask(id="t1", question=checked_question(question)),)), planner=self.name)
+
+    async def plan_within(
+        self, question: str, *, reach: Tier, timeout_s: float | None = None, budget: Budget | None = None
+    ) -> Plan:
+        """`plan`, which shows the question to nobody."""
+        return await self.plan(question)
 
 
 def _graph(plan: object) -> TaskGraph:
@@ -130,7 +168,7 @@ def _llm(*args: Any, **options: Any) -> Planner:
 
 
 PLANNERS: Final[Mapping[str, Callable[..., Planner]]] = MappingProxyType(
-    {"static": StaticPlanner, "rules": _rules, "llm": _llm}
+    {"static": StaticPlanner, "none": WholePlanner, "rules": _rules, "llm": _llm}
 )
 """Name → what makes such a planner; it takes the arguments of the class."""
 

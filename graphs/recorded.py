@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, cast
 
 from langgraph.func import task
 
+from agora.errors import StoreError
 from agora.types import (
     Answer,
     Attempt,
@@ -22,6 +23,7 @@ from agora.types import (
 )
 from graphs.execution import Run
 from graphs.plan import Plan
+from graphs.solver import Steps
 
 REPLAY_TICKS: Final = 8
 """Turns of the event loop in which recorded results reach the run, before anybody is asked: LangGraph hands them over
@@ -47,6 +49,10 @@ class RecordedCalls:
         """Calls `run.solve`."""
         return cast("asyncio.Future[Any]", (_solve if number == 1 else _solve_again)(run, subtask))
 
+    def steps(self, run: Run, subtask: str, number: int) -> Steps:
+        """Keeps every step as a task within the subtask's own."""
+        return _RecordedSteps(run, subtask, number)
+
     def attempts(self, value: Any, subtask: str, number: int) -> tuple[Attempt, ...]:
         """What was recorded; raises `ValueError` if it is another subtask's."""
         if (value["subtask"], value["round"]) != (subtask, number):
@@ -58,6 +64,33 @@ class RecordedCalls:
         answer = outcome_from_dict(await _synthesise(run, graph, outcomes))
         assert isinstance(answer, Answer)
         return answer
+
+
+class _RecordedSteps:
+    """See `graphs.solver.Steps`. A step is known by its place, which is checked with what is written in its record."""
+
+    def __init__(self, run: Run, subtask: str, number: int) -> None:
+        self._run = run
+        self._key = {"subtask": subtask, "round": number}
+        self._taken = 0
+
+    async def __call__(self, name: str, body: Callable[[], Awaitable[Attempt]]) -> Attempt:
+        self._taken += 1
+        key = {**self._key, "step": self._taken, "name": name}
+        record = await _step(self._run, key, body)
+        if any(record.get(k) != v for k, v in key.items()):
+            raise StoreError(
+                f"step {self._taken} of subtask {self._key['subtask']!r} is recorded as {record.get('name')!r}, "
+                f"not {name!r}",
+                hint="was the run started with another configuration? Ask the question again",
+            )
+        return attempt_from_dict(record["attempt"])
+
+
+@task
+async def _step(run: Run, key: Mapping[str, Any], body: Callable[[], Awaitable[Attempt]]) -> dict[str, Any]:
+    async with run.turn(key["subtask"]):
+        return {**key, "attempt": attempt_to_dict(await body())}
 
 
 @task

@@ -12,7 +12,7 @@ from typing import Any, Final
 import orjson
 
 from agora.events import Event, event_from_dict, event_to_dict
-from agora.types import Budget, RunResult
+from agora.types import Budget, RunResult, Tier, reach_of
 from graphs.owners import alive
 
 SCHEMA: Final = (
@@ -45,7 +45,14 @@ SCHEMA: Final = (
 )
 
 COLUMNS: Final[Mapping[str, str]] = MappingProxyType(
-    {"planner": "TEXT", "budget": "TEXT", "metadata": "TEXT", "origin": "TEXT", "crashes": "INTEGER DEFAULT 0"}
+    {
+        "planner": "TEXT",
+        "budget": "TEXT",
+        "metadata": "TEXT",
+        "origin": "TEXT",
+        "crashes": "INTEGER DEFAULT 0",
+        "reach": "TEXT",
+    }
 )
 """Columns of `runs` that stores made by the first version do not have."""
 
@@ -89,6 +96,7 @@ class RunRecord:
         metadata: What whoever asked wanted kept with it.
         origin: Who started it: `gateway`, or None for the command line.
         crashes: How often a process died while it was at it, as far as was noticed.
+        reach: The highest tier whose machines may see the question, and any part of it.
     """
 
     id: str
@@ -105,6 +113,7 @@ class RunRecord:
     metadata: Mapping[str, str] = field(default_factory=dict)
     origin: str | None = None
     crashes: int = 0
+    reach: Tier = Tier.CLOUD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,4 +169,5 @@ def record_of(row: Mapping[str, Any]) -> RunRecord:
         metadata=json.loads(row["metadata"]) if row["metadata"] else {},
         origin=row["origin"],
         crashes=row["crashes"] or 0,
+        reach=Tier.CLOUD if row["reach"] is None else reach_of(row["reach"]),
     )

@@ -15,7 +15,7 @@ from langgraph.pregel import Pregel
 
 from agora.errors import AgoraError, InvalidRequest, RunNotFound, StoreError
 from agora.events import Event, RunFailed, RunFinished
-from agora.types import Budget, RunResult, to_plain
+from agora.types import Budget, RunResult, Tier, label_of, reach_of, to_plain
 from graphs.direct import how_of, run_directly
 from graphs.execution import Ask, How
 
@@ -48,6 +48,7 @@ async def run(
     run_id: str | None = None,
     budget: Budget | None = None,
     said_before: str = "",
+    reach: Tier | str = Tier.CLOUD,
     on_event: Callable[[Event], None] | None = None,
 ) -> RunResult:
     """Runs a graph to its result.
@@ -58,12 +59,13 @@ async def run(
         run_id: The run's id, which names it in the checkpoints; a new one if None.
         budget: What this run may spend; the graph's own budget if None.
         said_before: What the question may refer to: told to whoever is asked for a part of it, but not planned over.
+        reach: How far up the question, what was said before and every part of it may go: `local`, `edge` or `cloud`.
         on_event: Called with every event as it happens.
 
     Raises:
         AgoraError: If there is no result. A result with missing parts is a result, and says so.
     """
-    asked, run_id = _ask(question, budget, said_before), run_id or new_run_id()
+    asked, run_id = _ask(question, budget, said_before, reach), run_id or new_run_id()
     if (how := how_of(graph)) is not None:
         return await run_directly(how, asked, checked_run_id(run_id), on_event or _nobody)
     return await _last(_events(graph, asked, run_id), on_event)
@@ -105,6 +107,7 @@ async def stream(
     run_id: str | None = None,
     budget: Budget | None = None,
     said_before: str = "",
+    reach: Tier | str = Tier.CLOUD,
 ) -> AsyncGenerator[Event, None]:
     """Runs a graph and yields its events as they happen; closing the iterator cancels the run.
 
@@ -114,13 +117,14 @@ async def stream(
         run_id: The run's id; a new one if None.
         budget: What this run may spend; the graph's own budget if None.
         said_before: As for `run`.
+        reach: As for `run`.
 
     Yields:
         Events; the last one is `RunFinished`, or `RunFailed` if there is no result.
     """
     run_id = run_id or new_run_id()
     try:
-        async with aclosing(_events(graph, _ask(question, budget, said_before), run_id)) as events:
+        async with aclosing(_events(graph, _ask(question, budget, said_before, reach), run_id)) as events:
             async for event in events:
                 yield event
     except AgoraError as e:
@@ -190,12 +194,14 @@ def _store_error(error: Exception) -> StoreError:
     return StoreError(f"the run store failed: {error}", hint="is the disk full, or the file damaged or locked?")
 
 
-def _ask(question: str, budget: Budget | None, said_before: str) -> Ask:
+def _ask(question: str, budget: Budget | None, said_before: str, reach: Tier | str) -> Ask:
     asked: Ask = {"question": question}
     if budget is not None:
         asked["budget"] = to_plain(budget)
     if said_before:
         asked["said_before"] = said_before
+    if (bound := reach_of(reach)) is not Tier.CLOUD:
+        asked["reach"] = label_of(bound)
     return asked
 
 

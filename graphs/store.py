@@ -17,7 +17,7 @@ from langgraph.checkpoint.base import BaseCheckpointSaver
 
 from agora.errors import InvalidRequest, RunNotFound, StoreError
 from agora.events import Event
-from agora.types import Budget, RunResult, to_plain
+from agora.types import Budget, RunResult, Tier, label_of, to_plain
 from graphs.databases import Database, Many, Taken, open_database
 from graphs.owners import alive, this_process
 from graphs.records import COLUMNS, FINAL, SCHEMA, RunRecord, RunStatus, StoredEvent, encoded, record_of
@@ -27,7 +27,7 @@ __all__ = ["NotOurs", "RunExists", "RunRecord", "RunStatus", "RunStore", "Stored
 
 _LISTED: Final = (
     "id, question, graph, config, status, created_at, finished_at, error, owner, planner, budget, metadata, origin, "
-    "crashes"
+    "crashes, reach"
 )
 
 _APPEND: Final = (
@@ -86,6 +86,7 @@ class RunStore:
         config_path: Path | str | None,
         planner: str | None = None,
         budget: Budget | None = None,
+        reach: Tier = Tier.CLOUD,
         metadata: Mapping[str, str] | None = None,
         origin: str | None = None,
     ) -> RunRecord:
@@ -113,6 +114,7 @@ class RunStore:
             "metadata": json.dumps(dict(metadata), ensure_ascii=False) if metadata else None,
             "origin": origin,
             "crashes": 0,
+            "reach": None if reach is Tier.CLOUD else label_of(reach),
         }
         places = ", ".join("?" * len(row))
         try:

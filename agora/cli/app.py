@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
-from agora.cli import ask, demo, doctor, experts, init, keys, models, runs, serve
+from agora.cli import ask, calibrate, demo, doctor, experts, init, keys, models, runs, serve
 from agora.cli.invocation import ExitCode, Invocation, of, quieten
 from agora.cli.streams import OutputError, discard, flush, guarded
 from agora.errors import AgoraError
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 app.command("ask")(ask.ask)
 app.command("serve")(serve.serve)
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(experts.app, name="experts")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")

@@ -21,6 +21,10 @@ def ask(
     ] = None,
     cost: Annotated[float | None, typer.Option("--cost", metavar="MONEY", help="Most money to spend.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", metavar="N", help="Most tokens to use.")] = None,
+    reach: Annotated[
+        str | None,
+        typer.Option("--reach", metavar="LABEL", help="How far the question may go: local, edge or cloud."),
+    ] = None,
     run_id: Annotated[str | None, typer.Option("--run-id", metavar="ID", help="Name the run.")] = None,
     no_store: Annotated[bool, typer.Option("--no-store", help="Do not keep the run; it cannot be resumed.")] = False,
     no_pull: NoPullOption = False,
@@ -33,6 +37,7 @@ def ask(
     from agora.cli.question import read_question
     from agora.cli.running import Order, run_and_tell
     from agora.cli.settings import budget_of, override, read_config
+    from agora.types import Tier, reach_of
 
     invocation = of(context)
     invocation.json = json
@@ -42,5 +47,12 @@ def ask(
 
     from graphs.run import new_run_id
 
-    order = Order(config=settings, question=asked, run_id=run_id or new_run_id(), budget=budget, pull=not no_pull)
+    order = Order(
+        config=settings,
+        question=asked,
+        run_id=run_id or new_run_id(),
+        budget=budget,
+        reach=Tier.CLOUD if reach is None else reach_of(reach, what="--reach"),
+        pull=not no_pull,
+    )
     raise typer.Exit(run_async(run_and_tell(invocation, order, stored=not no_store)))

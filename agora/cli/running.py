@@ -19,7 +19,7 @@ from agora.cli.view import answer_text, lines, render, signs_for, summary
 from agora.config import Config
 from agora.errors import StoreError
 from agora.events import Event, RunFailed, RunFinished, RunState, apply
-from agora.types import Budget, RunResult
+from agora.types import Budget, RunResult, Tier
 
 if TYPE_CHECKING:
     from agora.square import Square
@@ -39,6 +39,7 @@ class Order:
         question: What to answer.
         run_id: The run's id.
         budget: What it may spend.
+        reach: The highest tier whose machines may see any of it.
         pull: Whether missing models may be fetched.
         go_on: Whether it was begun before, and finished subtasks are not to be asked again.
     """
@@ -47,6 +48,7 @@ class Order:
     question: str
     run_id: str
     budget: Budget
+    reach: Tier = Tier.CLOUD
     pull: bool = True
     go_on: bool = False
 
@@ -70,12 +72,12 @@ async def opened(
             stack.push_async_callback(square.aclose)
             routing = await stack.enter_async_context(open_router(config, pull=pull, progress=view))
             if config.neighbours:
-                await stack.enter_async_context(_neighbours(config, square))
+                await stack.enter_async_context(joined_neighbours(config, square))
         yield build_graph(config, square, routing=routing, checkpointer=checkpointer)
 
 
 @asynccontextmanager
-async def _neighbours(config: Config, square: Square) -> AsyncIterator[None]:
+async def joined_neighbours(config: Config, square: Square) -> AsyncIterator[None]:
     """The neighbours' experts, in the square for as long as the block lasts."""
     from agora.serve.neighbours import Neighbours
     from agora.serve.node import node_name
@@ -170,8 +172,17 @@ async def _run(
             if order.go_on:
                 if store is not None:
                     await news.read(store, order.run_id)
-                return await go_on(graph, order.run_id, order.question, budget=order.budget, on_event=on_event)
-            return await run(graph, order.question, run_id=order.run_id, budget=order.budget, on_event=on_event)
+                return await go_on(
+                    graph, order.run_id, order.question, budget=order.budget, reach=order.reach, on_event=on_event
+                )
+            return await run(
+                graph,
+                order.question,
+                run_id=order.run_id,
+                budget=order.budget,
+                reach=order.reach,
+                on_event=on_event,
+            )
 
 
 @contextmanager
@@ -238,5 +249,6 @@ async def run_and_tell(invocation: Invocation, order: Order, *, stored: bool) ->
             config_path=config.file,
             planner=config.graph.planner,
             budget=order.budget,
+            reach=order.reach,
         )
         return tell_result(invocation, await execute(invocation, order, store))

@@ -16,7 +16,7 @@ from agora.cli.tables import print_table
 from agora.cli.text import clean, first_line, seconds
 from agora.errors import InvalidRequest
 from agora.events import Event, event_to_dict
-from agora.types import to_plain
+from agora.types import Tier, label_of, to_plain
 
 if TYPE_CHECKING:
     from agora.config import Config
@@ -168,6 +168,7 @@ async def _resume(invocation: Invocation, run_id: str, config: Path | None, *, p
             question=record.question,
             run_id=run_id,
             budget=record.budget if record.budget is not None else budget_of(settings),
+            reach=record.reach,
             pull=pull,
             go_on=True,
         )
@@ -189,9 +190,10 @@ def _tell_record(invocation: Invocation, record: RunRecord) -> None:
 
     signs = signs_for(invocation.out.encoding)
     took = f", took {seconds(record.finished_at - record.created_at)}" if record.finished_at else ""
+    reach = f", no further than {label_of(record.reach)}" if record.reach is not Tier.CLOUD else ""
     _tell_head(invocation, record)
     invocation.say(
-        Text(f"began {_when(record.created_at)}{took}, graph {record.graph}, ", style="dim").append(
+        Text(f"began {_when(record.created_at)}{took}, graph {record.graph}{reach}, ", style="dim").append(
             clean(record.config or "built-in configuration")
         )
     )
@@ -242,6 +244,7 @@ def _plain(record: RunRecord) -> dict[str, Any]:
         "config": record.config,
         "planner": record.planner,
         "budget": to_plain(record.budget),
+        "reach": label_of(record.reach),
         "metadata": dict(record.metadata),
         "result": record.result.to_dict() if record.result is not None else None,
         "error": record.error,

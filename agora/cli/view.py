@@ -123,8 +123,10 @@ def _subtask(subtask: Subtask, state: RunState, now: float, signs: Signs) -> Tex
         facts.append(seconds(max(0.0, (it.ended_at or now) - it.started_at)))
     if it.attempt > 1:
         facts.append(f"attempt {it.attempt}")
-    if isinstance(it.outcome, Answer) and it.outcome.finish_reason == "length":
-        facts.append(CUT)
+    if isinstance(it.outcome, Answer):
+        facts += _of_the_answer(it.outcome)
+        if it.outcome.finish_reason == "length":
+            facts.append(CUT)
     if it.status is Status.WAITING:
         waits = [i for i in subtask.inputs if state.subtasks.get(i, it).status not in (Status.DONE, Status.FAILED)]
         facts.append(f"waits for {', '.join(waits)}" if waits else "waits for a free place")
@@ -185,9 +187,19 @@ def _attempt(attempt: Attempt, signs: Signs) -> str:
         facts.append(f"{attempt.outcome.usage.tokens:,} tokens")
     if isinstance(attempt.outcome, Failure):
         facts.append(attempt.outcome.code)
-    elif attempt.outcome.finish_reason == "length":
-        facts.append(CUT)
+    else:
+        facts += _of_the_answer(attempt.outcome)
+        if attempt.outcome.finish_reason == "length":
+            facts.append(CUT)
     return signs.between.join([*facts, first_line(attempt.why)])
+
+
+def _of_the_answer(answer: Answer) -> Iterator[str]:
+    """What is known of an answer besides its text: how far it can be trusted, and by which path it came."""
+    if answer.confidence is not None:
+        yield f"confidence {answer.confidence:.2f}"
+    if answer.path:
+        yield f"over {clean(answer.path)}"
 
 
 def answer_text(result: RunResult) -> str:
@@ -245,7 +257,8 @@ def _of_attempt_ended(e: AttemptEnded) -> Iterator[str]:
     outcome = e.result.outcome
     who = clean(e.result.expert or "")
     if isinstance(outcome, Answer):
-        yield f"{e.subtask}: {who} answered in {seconds(e.result.seconds)}: {first_line(outcome.text)}"
+        more = "".join(f", {fact}" for fact in _of_the_answer(outcome))
+        yield f"{e.subtask}: {who} answered in {seconds(e.result.seconds)}{more}: {first_line(outcome.text)}"
     elif not who:
         yield f"{e.subtask}: not asked: {first_line(outcome.message)}"
     else:

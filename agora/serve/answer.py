@@ -76,7 +76,7 @@ class Words:
             choice["message"] = {"role": "assistant", "content": done.text, "refusal": None}
         else:
             choice["text"] = done.text
-        return {**self._head, "choices": [choice], "usage": usage_body(done.usage)}
+        return {**self._head, "choices": [choice], "usage": usage_body(done.usage), **_way_of(done)}
 
     def first(self) -> dict[str, Any] | None:
         """What a stream begins with: in a chat, who speaks."""
@@ -89,7 +89,7 @@ class Words:
         said: dict[str, Any] = {"text": chunk.text}
         if self.chat:
             said = {"delta": {"content": chunk.text} if chunk.text or chunk.finish_reason is None else {}}
-        return self._piece(said, chunk.logprobs, chunk.finish_reason)
+        return {**self._piece(said, chunk.logprobs, chunk.finish_reason), **_way_of(chunk)}
 
     def last(self, usage: Usage) -> dict[str, Any] | None:
         """The token counts at a stream's end, if they were asked for."""
@@ -131,6 +131,13 @@ class Words:
             **_scored(token.token, token.logprob),
             "top_logprobs": [_scored(s, lp) for s, lp in token.top[: self._top]],
         }
+
+
+def _way_of(answer: Completion | Chunk) -> dict[str, Any]:
+    """agora's own words about an answer that came by one of several paths."""
+    if not answer.path and not answer.notes:
+        return {}
+    return {"agora": {"path": answer.path or None, "notes": list(answer.notes)}}
 
 
 async def stream(asked: Asked, words: Words, chunks: AsyncIterator[Chunk]) -> web.StreamResponse:

@@ -15,10 +15,11 @@ from typing import Final
 import orjson
 from aiohttp import web
 
-from agora.errors import AgoraError
+from agora.errors import AgoraError, OutOfReach
+from agora.routing.takers import beyond
 from agora.serve import about, card, runs_api
 from agora.serve.answer import answer
-from agora.serve.asked import ERROR, HELD, MODEL, REQUEST_ID, STREAM, Asked, Path, envelope, read_object
+from agora.serve.asked import ERROR, HELD, MODEL, REQUEST_ID, STREAM, Asked, Path, envelope, label, read_object
 from agora.serve.errors import ApiError, error_body, error_response, internal_error
 from agora.serve.forward import forward
 from agora.serve.keys import ANYBODY, Caller, Role
@@ -26,8 +27,10 @@ from agora.serve.node import LOOPBACK, NODE, Node
 from agora.serve.reason import reason
 from agora.serve.runs_api import RUNS
 from agora.square import Expert
+from agora.types import Tier, lowest
 from experts.openai import OpenAIBackend
-from experts.passage import Passage, is_request_id, passing
+from experts.passage import Passage, bounded, is_request_id, passing
+from experts.replicas import ReplicaSet
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +91,12 @@ async def _completion(request: web.Request, path: Path) -> web.StreamResponse:
     limits = node.config.server
     passage = Passage.read(request.headers, node=node.id, max_hops=limits.max_hops)
     neighbour = passage is not None or caller.role is Role.NEIGHBOUR
+    reach = lowest(label(body), passage.reach if passage is not None else Tier.CLOUD)
+    if isinstance(target, Expert) and (why := beyond(target.card, reach)) is not None:
+        raise OutOfReach(
+            f"expert {target.name!r} may not see this: {why}",
+            hint="ask one within reach, or let the text go further",
+        )
     began = asyncio.get_running_loop().time()
     until = began + limits.request_timeout_s
     asked = Asked(
@@ -98,6 +107,7 @@ async def _completion(request: web.Request, path: Path) -> web.StreamResponse:
         request_id=request[ID],
         until=until if passage is None else min(passage.deadline, until),
         began=began,
+        reach=reach,
     )
     backend = target.backend if isinstance(target, Expert) else None
     if not node.admission.enter_now(backend, neighbour=neighbour):
@@ -107,6 +117,8 @@ async def _completion(request: web.Request, path: Path) -> web.StreamResponse:
         if isinstance(target, Expert) and isinstance(backend, OpenAIBackend) and not backend.relays:
             # A server that knows nothing of nodes: it needs no passage, and the backend keeps the time itself.
             return await forward(asked, target, backend)
+        if isinstance(target, Expert) and isinstance(backend, ReplicaSet) and (one := backend.server) is not None:
+            return await forward(asked, target, one, through=backend)
         if passage is None:
             passage = Passage.begin(
                 node=node.id,
@@ -115,7 +127,7 @@ async def _completion(request: web.Request, path: Path) -> web.StreamResponse:
                 timeout_s=limits.request_timeout_s,
             )
         async with _in_time(asked):
-            with passing(passage):
+            with passing(passage), bounded(reach):
                 if not isinstance(target, Expert):
                     return await reason(asked, target)
                 if isinstance(backend, OpenAIBackend):

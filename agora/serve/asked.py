@@ -10,10 +10,11 @@ from typing import Any, Final, Literal
 import orjson
 from aiohttp import web
 
-from agora.errors import AgoraError, DeadlineExceeded
+from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest
 from agora.serve.errors import JSON, ApiError
 from agora.serve.node import Node
 from agora.serve.wire import shown
+from agora.types import Tier, reach_of
 
 Path = Literal["chat/completions", "completions"]
 
@@ -45,6 +46,7 @@ class Asked:
         request_id: What to call it in logs and answers.
         until: Event-loop time by which it must be answered.
         began: Event-loop time at which it came.
+        reach: The highest tier whose machines may see it.
     """
 
     request: web.Request
@@ -54,6 +56,7 @@ class Asked:
     request_id: str
     until: float
     began: float
+    reach: Tier = Tier.CLOUD
 
     @property
     def model(self) -> str:
@@ -171,6 +174,21 @@ def envelope(body: Mapping[str, Any], path: Path) -> None:
             raise _wrong("messages", "must be a list of at least one message", messages, "messages" in body)
     elif "prompt" not in body:
         raise _wrong("prompt", "must be text", None, False)
+
+
+def label(body: Mapping[str, Any]) -> Tier:
+    """How far up a request may go, by its field `reach`; anywhere if it has none.
+
+    Raises:
+        ApiError: 400, naming the field and the labels there are.
+    """
+    given = body.get("reach")
+    if given is None:
+        return Tier.CLOUD
+    try:
+        return reach_of(given)
+    except InvalidRequest as e:
+        raise ApiError(400, e.message, code="invalid_value", param="reach", hint=e.hint) from None
 
 
 def _wrong(param: str, must: str, value: Any, there: bool) -> ApiError:

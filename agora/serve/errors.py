@@ -28,6 +28,7 @@ STATUS: Final[Mapping[str, int]] = MappingProxyType(
         "too_many_hops": 508,
         "store": 503,
         "no_expert": 503,
+        "out_of_reach": 400,
         "overloaded": 429,
         "deadline": 504,
         "timeout": 504,

@@ -17,6 +17,7 @@ from agora.square import Expert
 from agora.types import Usage
 from experts.http_reply import Reply
 from experts.openai import OpenAIBackend
+from experts.replicas import ReplicaSet
 
 LIMITS: Final = ("max_completion_tokens", "max_tokens")
 """The two names of the most tokens to generate."""
@@ -27,8 +28,10 @@ TAIL_BYTES: Final = 2_048
 EVENT_STREAM: Final = "text/event-stream"
 
 
-async def forward(asked: Asked, expert: Expert, backend: OpenAIBackend) -> web.StreamResponse:
-    """Has the server behind `backend` answer.
+async def forward(
+    asked: Asked, expert: Expert, backend: OpenAIBackend, *, through: ReplicaSet | None = None
+) -> web.StreamResponse:
+    """Has the server behind `backend` answer, or one of the replicas that it is one of.
 
     Raises:
         ApiError: 400, if a field may not be passed on.
@@ -52,7 +55,9 @@ async def forward(asked: Asked, expert: Expert, backend: OpenAIBackend) -> web.S
         asked.node.metrics.tokens(asked.model, _usage_of(data, backend))
         return web.Response(body=data, content_type=JSON)
 
-    return await backend.forward(asked.path, payload, read, streamed=asked.streamed, timeout_s=asked.left_s)
+    return await (through or backend).forward(
+        asked.path, payload, read, streamed=asked.streamed, timeout_s=asked.left_s
+    )
 
 
 def tailored(asked: Asked, expert: Expert, backend: OpenAIBackend) -> dict[str, Any]:
@@ -76,6 +81,8 @@ def tailored(asked: Asked, expert: Expert, backend: OpenAIBackend) -> dict[str, 
     if many is not None and not (isinstance(many, int) and 1 <= many <= MAX_CHOICES):
         raise ApiError(400, f"n is {shown(many)}; allowed: 1 to {MAX_CHOICES}", code="invalid_value", param="n")
     body = {**body, "model": str(expert.adapter) if expert.adapter else backend.model}
+    # It was heeded here; another node is told by the request's passage.
+    body.pop("reach", None)
     if backend.relays:
         # The node there knows the expert; it adds what belongs to it.
         return body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
@@ -12,9 +13,13 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from agora.errors import BackendError
+from agora.scheduling.scaling import Targets
 from agora.serve.limits import Admission
+from agora.serve.path_metrics import PathMetrics, behind
 from agora.square import Square
 from agora.types import Usage
+from experts.replicas import ReplicaSet, all_of
+from experts.replicas_signal import Signal, Watch
 from experts.vllm_client import VllmClient
 from experts.vllm_metrics import VllmMetrics
 
@@ -39,16 +44,43 @@ ENGINE_GAUGES: Final[tuple[tuple[str, str, Callable[[VllmMetrics], float | None]
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
+SIGNAL_GAUGES: Final[tuple[tuple[str, str, Callable[[Signal], float | None]], ...]] = (
+    ("agora_wanted_replicas", "Replicas of a node's server that are wanted.", lambda s: s.wanted),
+    ("agora_scaling_requests", "Requests running and waiting on all replicas of a node.", lambda s: s.requests),
+    (
+        "agora_scaling_first_token_seconds",
+        "90th percentile of the last minute's times to the first token from a node's replicas.",
+        lambda s: s.ttft_s,
+    ),
+)
+"""What an autoscaler is told of a node: name, description, and where it stands in the signal. `agora_wanted_replicas`
+is the number itself, so KEDA's or the HorizontalPodAutoscaler's target is 1 per replica; the others are what it is made
+of."""
+
+
 class Metrics:
     """Counters of one node, kept in a registry of its own.
 
     Args:
         square: Whose backends' load is told.
         admission: Whose places are told.
+        targets: By the name of a node of servers that others start and stop: what is aimed at. How many are wanted is
+            told; it is looked at whenever the metrics are asked for, so an autoscaler sees it as often as it asks.
+        clock: Seconds on a clock that does not go back.
     """
 
-    def __init__(self, square: Square, admission: Admission) -> None:
+    def __init__(
+        self,
+        square: Square,
+        admission: Admission,
+        *,
+        targets: Mapping[str, Targets] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._watches = {node: Watch(aimed_at) for node, aimed_at in (targets or {}).items()}
+        self._clock = clock
         self._square = square
+        # What was counted. What the event loop owns, and is only looked at, is told apart.
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "agora_requests",
@@ -73,7 +105,9 @@ class Metrics:
         self._tokens = Counter("agora_tokens", "Tokens read and generated.", ["model", "kind"], registry=None)
         for metric in (self._requests, self._seconds, self._first, self._tokens):
             self.registry.register(metric)
-        self.registry.register(_Now(square, admission))
+        self._now = CollectorRegistry()
+        self._now.register(_Now(square, admission))
+        self._now.register(PathMetrics(square))
         # A look-up by labels costs more than counting: the few there are, are kept.
         self._request_children: dict[tuple[str, str, int], Counter] = {}
         self._seconds_children: dict[str, Histogram] = {}
@@ -111,13 +145,34 @@ class Metrics:
     async def text(self) -> bytes:
         """Everything, in Prometheus' text format; what vLLM servers tell of themselves is asked of them now."""
         told = CollectorRegistry()
-        told.register(_Engines(await engines(self._square)))
-        return generate_latest(self.registry) + generate_latest(told)
+        servers = await engines(self._square)
+        told.register(_Engines(servers))
+        told.register(_Signals(self._signals(servers)))
+        # Counters may be read from any thread, and writing out those of thousands of experts takes a second.
+        counted = await asyncio.to_thread(generate_latest, self.registry)
+        return counted + generate_latest(self._now) + generate_latest(told)
+
+    def _signals(self, servers: Mapping[str, VllmMetrics]) -> dict[str, Signal]:
+        """How many replicas are wanted, by node: of those started here, and of those that are only watched."""
+        signals = {}
+        for node, backend in {e.node: e.backend for e in self._square}.items():
+            if isinstance(backend, ReplicaSet):
+                signals[node] = backend.signal
+            elif (watch := self._watches.get(node)) is not None:
+                engine = servers.get(node, VllmMetrics())
+                # The server knows of requests that others sent it; this process of those that it has not sent yet.
+                requests = max((engine.running or 0) + (engine.waiting or 0), backend.load.total)
+                signals[node] = watch.look(self._clock(), requests, engine.first_token)
+        return signals
 
 
 async def engines(square: Square) -> dict[str, VllmMetrics]:
-    """What the vLLM servers of a square tell of themselves, by node; those that do not answer in time are left out."""
-    servers = {e.node: e.backend for e in square if isinstance(e.backend, VllmClient)}
+    """What the vLLM servers of a square tell of themselves, by node; those that do not answer in time are left out.
+
+    Each of several replicas is told as `node/number`.
+    """
+    everything = {name: backend for e in square for node, b in behind(e) for name, backend in all_of(b, node)}
+    servers = {name: backend for name, backend in everything.items() if isinstance(backend, VllmClient)}
 
     async def ask(server: VllmClient) -> VllmMetrics | None:
         try:
@@ -141,6 +196,29 @@ class _Engines(Collector):
         for name, text, value in ENGINE_GAUGES:
             values = {node: value(m) for node, m in self._told.items()}
             yield _gauge(name, text, ["node"], [((node,), v) for node, v in values.items() if v is not None])
+
+
+class _Signals(Collector):
+    """How many replicas are wanted."""
+
+    def __init__(self, signals: Mapping[str, Signal]) -> None:
+        self._signals = signals
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for name, text, value in SIGNAL_GAUGES:
+            values = {node: value(s) for node, s in self._signals.items()}
+            yield _gauge(name, text, ["node"], [((node,), v) for node, v in values.items() if v is not None])
+        states = {
+            (node, state): getattr(s, state)
+            for node, s in self._signals.items()
+            for state in ("up", "starting", "draining")
+        }
+        yield _gauge(
+            "agora_replicas",
+            "Replicas of a node's server that this process has, by state.",
+            ["node", "state"],
+            [(key, count) for key, count in states.items() if count is not None],
+        )
 
 
 class _Now(Collector):

@@ -211,6 +211,7 @@ class Neighbours:
                 node=self._node.id,
                 max_hops=self._max_hops,
                 wanted=neighbour.config.experts,
+                tier=neighbour.config.tier,
             )
             if card.revision != neighbour.revision:
                 neighbour.lies.clear()

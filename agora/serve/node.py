@@ -18,6 +18,7 @@ from aiohttp import web
 
 from agora.config import Config
 from agora.errors import ConfigError
+from agora.scheduling.scaling import Targets
 from agora.serve.errors import ApiError
 from agora.serve.keys import Keyring
 from agora.serve.limits import Admission, Bodies, Rate
@@ -28,7 +29,7 @@ from agora.serve.runs import Runs
 from agora.square import Expert, Square
 from experts.build import check_keys, open_square
 from experts.models import ModelStore
-from experts.nodes import OnPull
+from experts.nodes import OnPull, scaling_targets
 from graphs.build import Graph, build_graph, open_router
 from graphs.store import RunStore
 
@@ -102,6 +103,12 @@ class Node:
 
 
 NODE: Final = web.AppKey("node", Node)
+
+
+def watched(config: Config) -> dict[str, Targets]:
+    """What is aimed at, by node. Where this process starts and stops the servers, that is told by their backend."""
+    aimed_at = {name: scaling_targets(node) for name, node in config.nodes.items()}
+    return {name: targets for name, targets in aimed_at.items() if targets is not None}
 
 
 def node_name(config: Config) -> str:
@@ -181,7 +188,7 @@ async def open_node(
             keys=keys,
             admission=admission,
             rate=Rate(server.requests_per_minute, clock=asyncio.get_running_loop().time),
-            metrics=Metrics(square, admission),
+            metrics=Metrics(square, admission, targets=watched(config)),
             log=requests,
         )
         await neighbours.start()

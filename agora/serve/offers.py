@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agora.serve.node_card import ToldExpert, Way
-from agora.types import ID, ExpertCard
+from agora.types import ID, ExpertCard, Tier, lowest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +17,8 @@ class Offer:
         neighbour: The neighbour's name in the configuration.
         name: What the expert is called here, `NEIGHBOUR.NAME`.
         told: What the card says.
-        card: Its card here.
+        card: Its card here. Its tier is the highest that a request to it passes, as far as that is known: what may not
+            go as far as a relay may not be asked through it.
     """
 
     neighbour: str
@@ -42,7 +43,13 @@ class Offer:
 
 
 def offers_of(
-    neighbour: str, told: Sequence[ToldExpert], *, node: str, max_hops: int, wanted: Collection[str] | None
+    neighbour: str,
+    told: Sequence[ToldExpert],
+    *,
+    node: str,
+    max_hops: int,
+    wanted: Collection[str] | None,
+    tier: Tier = Tier.EDGE,
 ) -> tuple[tuple[Offer, ...], tuple[str, ...]]:
     """What a neighbour's card offers to this node.
 
@@ -52,11 +59,14 @@ def offers_of(
         node: The id of this node.
         max_hops: Machines that a request which begins here may pass.
         wanted: Names there that may be asked; None for all.
+        tier: Where the neighbour's machine stands, as seen from here: every request to its experts gets there, and what
+            is the end tier to it is another machine to this one.
 
     Returns:
         The offers; and what is left out for a reason that its owner can mend.
     """
     offers, refused = [], []
+    tiers = _tiers(told)
     for entry in told:
         if node in entry.path or len(entry.path) > max_hops or (wanted is not None and entry.name not in wanted):
             continue  # our own expert, told back to us, or one that is too far away: as it should be
@@ -64,8 +74,23 @@ def offers_of(
         if ID.fullmatch(name) is None:
             refused.append(f"{entry.name}: its name here, {name!r}, would be longer than 64 characters")
             continue
-        offers.append(Offer(neighbour=neighbour, name=name, told=entry, card=entry.card(name)))
+        passed = [tiers[relay] for relay in entry.path[:-1] if relay in tiers]
+        card = replace(entry.card(name), tier=max((tier, entry.tier, *passed), key=lambda tier: tier.height))
+        offers.append(Offer(neighbour=neighbour, name=name, told=entry, card=card))
     return tuple(offers), tuple(refused)
+
+
+def _tiers(told: Sequence[ToldExpert]) -> Mapping[str, Tier]:
+    """The tier of each machine that has experts of its own: the lowest of theirs.
+
+    A node tells no tier of itself, but those of the machines that its experts are on: its own, and servers behind it,
+    which stand no lower. One without experts of its own stays unknown, and bounds nothing here; whoever asks it in turn
+    knows from its own configuration where it stands, and keeps to the label of the request.
+    """
+    tiers: dict[str, Tier] = {}
+    for entry in told:
+        tiers[entry.origin] = lowest(entry.tier, tiers.get(entry.origin, Tier.CLOUD))
+    return tiers
 
 
 def chosen(offers: Iterable[Offer], taken: Collection[str]) -> Mapping[str, Offer]:

@@ -11,14 +11,23 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
-from agora.errors import AgoraError, BackendError, BackendTimeout, DeadlineExceeded, NoExpert, Overloaded, Unavailable
+from agora.errors import (
+    AgoraError,
+    BackendError,
+    BackendTimeout,
+    DeadlineExceeded,
+    NoExpert,
+    OutOfReach,
+    Overloaded,
+    Unavailable,
+)
 from agora.events import AttemptStarted, Event, Planned, RunFailed, RunFinished
 from agora.serve.answer import DONE, usage_body
 from agora.serve.asked import Asked
 from agora.serve.errors import JSON, STATUS, ApiError, error_body
 from agora.serve.sse import EventStream
 from agora.serve.wire import ChatMessage, ChatRequest, checked
-from agora.types import Answer, Budget, Failure, RunResult, Usage, checked_question
+from agora.types import Answer, Budget, Failure, Outcome, RunResult, Usage, checked_question
 from graphs.build import Graph
 from graphs.run import run, stream
 
@@ -26,7 +35,7 @@ NOT_APPLIED: Final = ("max_tokens", "max_completion_tokens", "temperature", "top
 """Fields that have no meaning for an answer put together from several experts'; the answer says that they had none."""
 
 CODES: Final[Mapping[str, type[AgoraError]]] = {
-    c.code: c for c in (DeadlineExceeded, NoExpert, BackendTimeout, Overloaded, Unavailable)
+    c.code: c for c in (DeadlineExceeded, NoExpert, OutOfReach, BackendTimeout, Overloaded, Unavailable)
 }
 """Errors that stand for a failure when nothing at all was answered; others are told as `BackendError`."""
 
@@ -65,7 +74,7 @@ async def reason(asked: Asked, graph: Graph) -> web.StreamResponse:
     words = _Words(asked, body)
     if body.stream:
         return await _stream(asked, words, graph, question, before, budget)
-    result = await run(graph, question, run_id=_run_id(asked), budget=budget, said_before=before)
+    result = await run(graph, question, run_id=_run_id(asked), budget=budget, said_before=before, reach=asked.reach)
     _answered(result)
     asked.node.metrics.tokens(asked.model, result.usage)
     return web.Response(body=orjson.dumps(words.whole(result)), content_type=JSON)
@@ -120,6 +129,14 @@ def _answered(result: RunResult) -> None:
     raise kind(failure.message)
 
 
+def _came(outcome: Outcome) -> dict[str, Any]:
+    """Whether there is an answer; where somebody knows, how far it can be trusted and by which path it came."""
+    if not isinstance(outcome, Answer):
+        return {"answered": False}
+    known = {"confidence": outcome.confidence, "path": outcome.path}
+    return {"answered": True, **{k: v for k, v in known.items() if v is not None}}
+
+
 class _Words:
     """A graph's answer in OpenAI's words, with agora's own about it under `agora`."""
 
@@ -148,7 +165,7 @@ class _Words:
                     "id": s.id,
                     "question": s.question,
                     "experts": [a.expert for a in result.attempts[s.id] if a.expert is not None],
-                    "answered": isinstance(result.outcome(s.id), Answer),
+                    **_came(result.outcome(s.id)),
                 }
                 for s in result.graph
             ],
@@ -173,7 +190,7 @@ async def _stream(
     asked: Asked, words: _Words, graph: Graph, question: str, before: str, budget: Budget
 ) -> web.StreamResponse:
     """Tells how it goes on as comments, which clients of OpenAI's pass over, and then the answer."""
-    events_of = stream(graph, question, run_id=_run_id(asked), budget=budget, said_before=before)
+    events_of = stream(graph, question, run_id=_run_id(asked), budget=budget, said_before=before, reach=asked.reach)
     async with EventStream(asked.request, headers=asked.headers) as out:
         asked.begun(out.response)
         await out.send(orjson.dumps(words.piece({"role": "assistant", "content": ""})))

@@ -22,7 +22,7 @@ from agora.protocols import Load
 from agora.serve.errors import ApiError
 from agora.serve.live_run import Stop
 from agora.serve.workshop import PAGE, Workshop
-from agora.types import Budget, checked_question
+from agora.types import Budget, Tier, checked_question
 from graphs.build import Graph
 from graphs.records import RunRecord, RunStatus, StoredEvent
 from graphs.run import checked_run_id, new_run_id
@@ -136,6 +136,7 @@ class Runs:
         *,
         graph: str | None = None,
         budget: Budget | None = None,
+        reach: Tier = Tier.CLOUD,
         metadata: Mapping[str, str] | None = None,
         run_id: str | None = None,
     ) -> RunRecord:
@@ -145,8 +146,9 @@ class Runs:
             question: What to answer.
             graph: Name of the graph; the default one if None.
             budget: What it may spend, within what the configuration allows.
+            reach: How far up it may go, with every part of it.
             metadata: What is to be kept with it.
-            run_id: Its id; the same id again with the same question and graph is the same run.
+            run_id: Its id; the same id again with the same question, graph and reach is the same run.
 
         Raises:
             InvalidRequest: If the question cannot be asked, or the id is malformed.
@@ -158,9 +160,9 @@ class Runs:
         if run_id is not None:
             checked_run_id(run_id)
             with suppress(RunNotFound):
-                return _same(await self._read(run_id), question, name)
+                return _same(await self._read(run_id), question, name, reach)
         return await self._admitted(
-            partial(self._accept, question, name, self._within(budget), metadata, run_id), "accepted"
+            partial(self._accept, question, name, self._within(budget), reach, metadata, run_id), "accepted"
         )
 
     async def get(self, run_id: str) -> RunRecord:
@@ -306,7 +308,13 @@ class Runs:
         return await asyncio.shield(task)
 
     async def _accept(
-        self, question: str, graph: str, budget: Budget, metadata: Mapping[str, str] | None, run_id: str | None
+        self,
+        question: str,
+        graph: str,
+        budget: Budget,
+        reach: Tier,
+        metadata: Mapping[str, str] | None,
+        run_id: str | None,
     ) -> RunRecord:
         config = self._config
         for _ in range(NEW_IDS):
@@ -318,6 +326,7 @@ class Runs:
                     config_path=config.file if config is not None else None,
                     planner=config.graph.planner if config is not None else None,
                     budget=budget,
+                    reach=reach,
                     metadata=metadata,
                     origin=ORIGIN,
                 )
@@ -325,7 +334,7 @@ class Runs:
                 if run_id is None:
                     continue
                 # Asked for twice at the same time.
-                return _same(await self.get(run_id), question, graph)
+                return _same(await self.get(run_id), question, graph, reach)
             self._shop.enrol(record, self._graphs[graph], last=0, resumed=False)
             return record
         raise StoreError(f"no free run id was found in {NEW_IDS} tries", hint="give one")
@@ -375,11 +384,11 @@ def _least(asked: Any, most: Any) -> Any:
     return min((v for v in (asked, most) if v is not None), default=None)
 
 
-def _same(record: RunRecord, question: str, graph: str) -> RunRecord:
-    if (record.question, record.graph) != (question, graph):
+def _same(record: RunRecord, question: str, graph: str, reach: Tier) -> RunRecord:
+    if (record.question, record.graph, record.reach) != (question, graph, reach):
         raise ApiError(
             409,
-            f"a run {record.id!r} with another question or graph is already in the store",
+            f"a run {record.id!r} with another question, graph or reach is already in the store",
             code="id_taken",
             param="id",
             hint="choose another id",

@@ -18,7 +18,7 @@ from agora.serve.runs import Runs
 from agora.serve.runs_schema import RunRequest
 from agora.serve.sse import EventStream
 from agora.serve.wire import checked
-from agora.types import Budget, to_plain
+from agora.types import Budget, Tier, label_of, reach_of, to_plain
 from graphs.records import RunRecord, RunStatus, StoredEvent
 from graphs.run import checked_run_id
 
@@ -68,6 +68,7 @@ async def create(request: web.Request) -> web.Response:
             wanted.asked,
             graph=wanted.graph,
             budget=Budget(**wanted.budget.model_dump()) if wanted.budget is not None else None,
+            reach=reach_of(wanted.reach or Tier.CLOUD),
             metadata=wanted.metadata,
             run_id=wanted.id,
         )
@@ -156,6 +157,7 @@ def _view(runs: Runs, record: RunRecord) -> dict[str, Any]:
         "created_at": record.created_at,
         "finished_at": record.finished_at,
         "budget": to_plain(record.budget),
+        "reach": label_of(record.reach),
         "metadata": dict(record.metadata),
         "result": record.result.to_dict() if record.result is not None else None,
         "error": record.error,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from agora.serve.wire import Body, BudgetBody
+from agora.serve.wire import Body, BudgetBody, Label
 from agora.types import MAX_QUESTION_CHARS
 from graphs.records import RunStatus
 
@@ -22,12 +22,16 @@ _Question = Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUESTI
 
 
 class RunRequest(Body):
-    """A question to be answered by a run: `question`, or `input`, which is another word for it."""
+    """A question to be answered by a run: `question`, or `input`, which is another word for it.
+
+    `reach` says how far up from this machine it may go, with every part of it.
+    """
 
     question: _Question | None = None
     input: _Question | None = None
     graph: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     budget: BudgetBody | None = None
+    reach: Label | None = None
     metadata: Annotated[dict[_Key, _Value], Field(max_length=MAX_METADATA)] | None = None
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")] | None = None
 
@@ -62,6 +66,7 @@ class RunView(_Reply):
     created_at: float
     finished_at: float | None
     budget: BudgetBody | None
+    reach: Label
     metadata: dict[str, str]
     result: dict[str, Any] | None = None
     error: str | None

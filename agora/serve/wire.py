@@ -117,6 +117,10 @@ class ResponseFormat(Body):
         return self
 
 
+Label = Literal["local", "edge", "cloud", "end"]
+"""How far up a text may go, see `agora.types.reach`; `end` is another word for `local`."""
+
+
 class BudgetBody(Body):
     """What a graph may spend; agora's own addition to OpenAI's request."""
 
@@ -126,7 +130,10 @@ class BudgetBody(Body):
 
 
 class _Sampling(Lenient):
-    """What chats and completions have in common. Fields that change no answer are taken, and not used."""
+    """What chats and completions have in common. Fields that change no answer are taken, and not used.
+
+    `reach` is agora's own addition: how far up from this machine the text may go.
+    """
 
     model: ModelName
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
@@ -147,6 +154,7 @@ class _Sampling(Lenient):
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     user: Annotated[str, StringConstraints(max_length=512)] | None = None
+    reach: Label | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -111,9 +111,18 @@ class Workshop:
             tell = partial(self._tell, live)
             record = live.record
             if not live.resumed:
-                return await run(live.graph, record.question, run_id=live.id, budget=record.budget, on_event=tell)
+                return await run(
+                    live.graph,
+                    record.question,
+                    run_id=live.id,
+                    budget=record.budget,
+                    reach=record.reach,
+                    on_event=tell,
+                )
             await live.news.read(self._store, live.id)
-            return await go_on(live.graph, live.id, record.question, budget=record.budget, on_event=tell)
+            return await go_on(
+                live.graph, live.id, record.question, budget=record.budget, reach=record.reach, on_event=tell
+            )
 
     def _tell(self, live: LiveRun, event: Event) -> None:
         assert self._journal is not None

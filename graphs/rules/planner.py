@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from agora.errors import InvalidRequest
-from agora.types import MAX_SUBTASKS, Budget, checked_question
+from agora.types import MAX_SUBTASKS, Budget, Tier, checked_question
 from graphs.plan import Plan
 from graphs.rules.asks import Ask, Asked, read
 from graphs.rules.quantity import figures
@@ -31,6 +31,7 @@ class RulePlanner:
     """
 
     name = NAME
+    asks_nobody = True
 
     def __init__(self, *, max_subtasks: int = MAX_SUBTASKS) -> None:
         if not 1 <= max_subtasks <= MAX_SUBTASKS:
@@ -43,6 +44,12 @@ class RulePlanner:
         Raises:
             InvalidRequest: If the question cannot be asked.
         """
+        return self.split(question)
+
+    async def plan_within(
+        self, question: str, *, reach: Tier, timeout_s: float | None = None, budget: Budget | None = None
+    ) -> Plan:
+        """`plan`, which shows the question to nobody."""
         return self.split(question)
 
     def split(self, question: str) -> Plan:

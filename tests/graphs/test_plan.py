@@ -63,11 +63,22 @@ async def test_a_query_that_makes_a_subtask_too_long_is_refused_clearly() -> Non
         await StaticPlanner(FACTS_FIRST).plan("x" * 99_990)
 
 
+async def test_a_question_can_be_left_whole() -> None:
+    plan = await make_planner("none").plan("What is a router, and what is #t1?")
+    assert [(s.id, s.question, s.inputs) for s in plan.graph] == [("t1", "What is a router, and what is #t1?", ())]
+    assert plan.planner == "none"
+
+
 def test_planners_come_by_name() -> None:
     assert isinstance(make_planner("static", FACTS_FIRST), StaticPlanner)
     assert isinstance(make_planner("rules", max_subtasks=4), RulePlanner)
     assert isinstance(make_planner("llm", FakeBackend(), max_subtasks=4), LLMPlanner)
-    made = [make_planner("static", FACTS_FIRST), make_planner("rules"), make_planner("llm", FakeBackend())]
+    made = [
+        make_planner("static", FACTS_FIRST),
+        make_planner("none"),
+        make_planner("rules"),
+        make_planner("llm", FakeBackend()),
+    ]
     assert [p.name for p in made] == list(PLANNERS), "a planner's name is the one it is registered under"
-    with pytest.raises(InvalidRequest, match="allowed: static, rules, llm"):
+    with pytest.raises(InvalidRequest, match="allowed: static, none, rules, llm"):
         make_planner("oracle")

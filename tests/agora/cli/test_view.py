@@ -100,6 +100,15 @@ def test_answers_and_failures_are_shown_where_they_belong() -> None:
     assert "connection refused" in drawn(STARTED, PLANNED, begun("t3", "finance"), ended("t3", failure))
 
 
+def test_an_answer_tells_how_far_it_can_be_trusted_and_by_which_path_it_came() -> None:
+    answer = Answer(text="Goethe.", expert="literature", confidence=0.876, path="wifi")
+    end = ended("t1", answer)
+    assert "literature · 2.00 s · confidence 0.88 · over wifi" in drawn(
+        STARTED, PLANNED, begun("t1", "literature"), end
+    )
+    assert any("confidence 0.88, over wifi: Goethe." in line for line in lines(end))
+
+
 def test_the_sign_of_what_runs_moves() -> None:
     events = (STARTED, PLANNED, begun("t1", "a"))
     assert line_of(drawn(*events, now=103.0), " t1 ") != line_of(drawn(*events, now=103.2), " t1 ")

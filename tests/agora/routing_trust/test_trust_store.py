@@ -114,3 +114,11 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, calibrator: Calibr
 def test_an_expert_name_is_no_path() -> None:
     with pytest.raises(InvalidRequest, match="must match"):
         Version(expert="../../etc/passwd", adapter=None, base="m")
+
+
+def test_damage_to_another_versions_file_harms_nobody(store: CalibratorStore, calibrator: Calibrator) -> None:
+    store.put(V1, calibrator)
+    store.put(V2, calibrator)
+    (store.folder / V1.file).write_bytes(b"torn")
+    assert store.get(V2).calibrator == calibrator
+    assert "fin@v2" in store.get(BARE).reason
