@@ -134,13 +134,12 @@ class Passage:
         if request_id is not None and not is_request_id(request_id):
             raise InvalidRequest(f"header {REQUEST_ID} is {_shown(request_id)}; it must match {_REQUEST_ID.pattern}")
         left = _seconds(_one(headers, TIMEOUT))
-        label = _one(headers, REACH)
         return cls(
             hops=min(int(hops), max_hops),
             path=(*passed, node),
             request_id=request_id or "",
             deadline=math.inf if left is None else asyncio.get_running_loop().time() + left,
-            reach=Tier.CLOUD if label is None else reach_of(label, what=f"header {REACH}"),
+            reach=reach_told(headers),
         )
 
     @property
@@ -184,6 +183,16 @@ class Passage:
         if (reach := lowest(self.reach, current_reach())) is not Tier.CLOUD:
             sent[REACH] = label_of(reach)
         return sent
+
+
+def reach_told(headers: Mapping[str, str]) -> Tier:
+    """The highest tier whose machines may see a request, by its headers: whoever sent it, be it no node at all.
+
+    Raises:
+        InvalidRequest: If it is none of the labels.
+    """
+    label = _one(headers, REACH)
+    return Tier.CLOUD if label is None else reach_of(label, what=f"header {REACH}")
 
 
 _CURRENT: Final[ContextVar[Passage | None]] = ContextVar("agora_passage", default=None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from agora.errors import AgoraError, InvalidRequest, Overloaded
+from agora.errors import AgoraError, BackendTimeout, InvalidRequest, Overloaded
 from agora.routing.final_answer import final_answer
 from agora.routing.trust import Version
 from agora.square import Expert
@@ -145,7 +145,8 @@ class _Worker:
             try:
                 return await asked_with(self._expert, self._order.signals).ask(text)
             except AgoraError as e:
-                if not e.transient or attempt == ATTEMPTS - 1:
+                # Whoever let the whole time pass has had its chance: three times ten minutes would tell no more.
+                if not e.transient or isinstance(e, BackendTimeout) or attempt == ATTEMPTS - 1:
                     raise
                 told = e.retry_after_s if isinstance(e, Overloaded) else None
                 await asyncio.sleep(min(told if told is not None else wait, LONGEST_WAIT_S))

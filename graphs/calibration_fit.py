@@ -23,7 +23,7 @@ from agora.routing.trust import (
     Version,
     fit_calibrator,
 )
-from graphs.calibrating import CALIBRATORS, Chosen, Kept, chosen_of, save_kept
+from graphs.calibrating import CALIBRATORS, FITTED, Chosen, Kept, chosen_of, save_kept
 from graphs.calibration_family import family_of, judge, top_of
 from graphs.calibration_journal import Graded
 from graphs.calibration_questions import Labelled
@@ -163,6 +163,8 @@ def fit_all(
     notes: list[str] = []
     vectors = None if embeddings is None else {q.key: v for q, v in zip(questions, embeddings, strict=True)}
     policy = _policy(folder, questions, graded, wishes, vectors, notes)
+    if policy is None and (folder / FITTED).exists():
+        notes.append("the policy that was fitted before stays in use, as far as it is for the experts as they are")
     return Result(experts=experts, policy=policy, notes=tuple(notes))
 
 

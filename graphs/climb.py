@@ -42,6 +42,11 @@ SIGNALS_SHARE: Final = 0.5
 """Share of the time to the deadline that asking how sure an expert is may take. An expert that answered and then hangs
 keeps its answer so, and who is asked next has as much time."""
 
+AS_THEY_ARE: Final = (
+    "the guarantee is for texts that leave as they are: it does not cover what is condensed or redacted"
+)
+"""Experts are calibrated with whole questions."""
+
 EMBED_TIMEOUT_S: Final = 5.0
 """Seconds that a question's vector may take; 10 ms are usual. A policy decides without it as well as it can."""
 
@@ -75,7 +80,10 @@ class Climb(Crew):
     @property
     def notes(self) -> tuple[str, ...]:  # type: ignore[override]
         """What is known of those who are here, and what is not."""
-        return self.guide.last.notes
+        known = self.guide.last
+        if known.certified and self.departure is not None:
+            return (*known.notes, AS_THEY_ARE)
+        return known.notes
 
     async def solve(
         self,

@@ -214,13 +214,14 @@ async def ask_expert(
         if left is not None and left <= 0:
             raise DeadlineExceeded(f"the run's deadline passed before {expert.name} was asked")
         async with asyncio.timeout(left):
+            private = False
             if departure is not None and expert.card.tier is not Tier.END:
                 prepared = await departure.prepare(question, expert, spend=spend, deadline=deadline)
-                call.text = prepared.text
-            if once is None:
-                outcome = (await call.make()).outcome
-            else:
-                outcome = await once.ask(call, private=prepared is not None and prepared.private)
+                call.text, private = prepared.text, prepared.private
+            elif departure is not None and once is not None and once.keeps:
+                # It may be shown here as it is, and is no less private for that.
+                private = bool((await departure.redact(question, spend=spend)).replaced)
+            outcome = (await call.make()).outcome if once is None else await once.ask(call, private=private)
     except TimeoutError:
         outcome = call.broke_off()
     except AgoraError as e:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from agora.types import Answer, ExpertCard, Outcome
+from agora.errors import BackendTimeout, DeadlineExceeded
+from agora.types import Answer, ExpertCard, Failure, Outcome
 from graphs.spend import prompt_tokens
 
 MEMORY: Final = 0.9
 """What an observation counts for at each further one: the last ten or so make the mean, so that an expert that became
 slow is known to be within a few questions."""
+
+LONGER: Final = 2.0
+"""How much longer than it was waited for an answer that did not come is taken to need: the least that keeps the next
+question, with as much time, from waiting for it in vain."""
+
+FORGET_S: Final = 300.0
+"""Seconds for which it counts how long somebody took last. Whoever is too slow for the time there is, is not asked, and
+could never show that it has become quicker; a model that was still loading has by then."""
+
+TOO_LATE: Final = frozenset({DeadlineExceeded.code, BackendTimeout.code})
+"""Codes of failures that the time was too short for."""
 
 
 @dataclass(slots=True)
@@ -28,14 +42,21 @@ class _Mean:
 
 
 class Experience:
-    """Decaying means over all runs of a graph. Lives in memory: a new process learns anew."""
+    """Decaying means over all runs of a graph. Lives in memory: a new process learns anew.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Seconds on a clock that does not go back.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, float] = {}
         self._tokens: dict[str, _Mean] = {}
         self._seconds: dict[str, _Mean] = {}
 
     def saw(self, outcome: Outcome, seconds: float) -> None:
-        """Takes note of what came of asking. Only answers that nobody else had paid for tell what one takes.
+        """Takes note of what came of asking. Only answers that nobody else had paid for tell what one takes, and calls
+        for which the time was too short tell that one takes longer.
 
         Args:
             outcome: What came of it.
@@ -43,11 +64,19 @@ class Experience:
         """
         if isinstance(outcome, Answer) and outcome.usage.calls:
             self._tokens.setdefault(outcome.expert, _Mean()).add(outcome.usage.tokens)
-            self._seconds.setdefault(outcome.expert, _Mean()).add(seconds)
+            self._took(outcome.expert, seconds)
+        elif isinstance(outcome, Failure) and outcome.code in TOO_LATE and outcome.usage.calls and outcome.expert:
+            self._took(outcome.expert, max(LONGER * seconds, self.seconds(outcome.expert) or 0.0))
+
+    def _took(self, expert: str, seconds: float) -> None:
+        self._seconds.setdefault(expert, _Mean()).add(seconds)
+        self._seen[expert] = self._clock()
 
     def seconds(self, expert: str) -> float | None:
-        """Seconds that an answer of that expert takes; None if it has not given any."""
-        return self._seconds[expert].value if expert in self._seconds else None
+        """Seconds that an answer of that expert takes; None if nothing tells that, or nothing has of late."""
+        if expert not in self._seconds or self._clock() - self._seen[expert] > FORGET_S:
+            return None
+        return self._seconds[expert].value
 
     def tokens(self, card: ExpertCard, chars: int) -> float:
         """Tokens that an answer takes, prompt included; never fewer than a budget must have for it to be asked.

@@ -73,6 +73,11 @@ class Once:
         return len(self._flights)
 
     @property
+    def keeps(self) -> bool:
+        """Whether any answer may be kept."""
+        return self._cache.most > 0
+
+    @property
     def kept(self) -> int:
         """Answers kept."""
         return len(self._cache)
@@ -95,7 +100,7 @@ class Once:
             self.made += 1
             return (await call.make()).outcome
         key = call.key
-        lasting = not private and self._cache.most > 0 and call.lasting
+        lasting = not private and self.keeps and call.lasting
         if lasting and (answer := self._cache.get(key, call.expert.backend)) is not None:
             self.found += 1
             return shared(answer, KEPT.format(expert=call.expert.name), 0.0)

@@ -12,6 +12,12 @@ from typing import Final
 
 from agora.types import Answer, Subtask
 
+_GAP: Final = re.compile(r"\s")
+
+LONGEST_WORD: Final = 200
+"""Characters of what is not cut in the middle: addresses have fewer (e-mail: 254 at most, hardly ever above 60), and
+scripts without spaces must not be cut where the last one happens to stand."""
+
 INLINE_CHARS: Final = 80
 """A one-line answer up to this length replaces its `#id` in the question; a longer one is quoted beside it. A name, a
 number or a date is well below; a sentence in the middle of a question reads badly."""
@@ -41,7 +47,7 @@ def render(subtask: Subtask, inputs: Mapping[str, tuple[Subtask, Answer]]) -> st
             inline[i] = text.rstrip(".") or text
         else:
             if len(text) > share:
-                text = text[:share].rstrip() + " […]"
+                text = _head(text, share) + " […]"
             quoted[i] = f"Q: {_short(_told(earlier.question, {}, earlier.inputs, ()), share)}\nA: {text}"
     names = {i: f'the answer to "{_short(_told(inputs[i][0].question, {}, inputs[i][0].inputs, ()))}"' for i in quoted}
     question = _told(subtask.question, {**names, **inline}, subtask.inputs, quoted)
@@ -88,4 +94,12 @@ def _told(question: str, names: Mapping[str, str], ids: Collection[str], silent:
 
 
 def _short(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+    return text if len(text) <= limit else _head(text, limit - 1) + "…"
+
+
+def _head(text: str, limit: int) -> str:
+    """The beginning of a text, cut between words where there are any near: half an address or number is none to whoever
+    takes those out before the text leaves."""
+    gaps = [m.start() for m in _GAP.finditer(text, max(1, limit // 4, limit - LONGEST_WORD), limit + 1)]
+    between = (g for g in reversed(gaps) if not (text[g - 1].isdigit() and text[g + 1 : g + 2].isdigit()))
+    return text[: next(between, limit)].rstrip()

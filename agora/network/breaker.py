@@ -81,7 +81,7 @@ class Breaker:
     It asks nobody: whoever owns it sends the probe when one is `due`, and tells how that went.
 
     Args:
-        clock: Seconds on a clock that never goes back; one that stands still or leaps ahead does no harm.
+        clock: Seconds on a clock that does not go back; one that does, stands still or leaps does no lasting harm.
         rules: When it opens.
         rng: Where the jitter comes from.
 
@@ -120,12 +120,16 @@ class Breaker:
     @property
     def due(self) -> bool:
         """Whether it is time for a probe and none is on its way."""
-        return self._state is BreakerState.OPEN and self._clock() >= self._until
+        return self._state is BreakerState.OPEN and self.due_in_s <= 0
 
     @property
     def due_in_s(self) -> float:
         """Seconds until a probe is due; 0 if one is, or is on its way, or none is needed."""
-        return max(0.0, self._until - self._clock()) if self._state is BreakerState.OPEN else 0.0
+        if self._state is not BreakerState.OPEN:
+            return 0.0
+        left = self._until - self._clock()
+        # More than it ever waits: the clock went back, and the path must not be given up for as long.
+        return max(0.0, left) if left <= self._rules.longest_open_s * (1 + self._rules.jitter) else 0.0
 
     @property
     def open_s(self) -> float:

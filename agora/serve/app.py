@@ -27,9 +27,9 @@ from agora.serve.node import LOOPBACK, NODE, Node
 from agora.serve.reason import reason
 from agora.serve.runs_api import RUNS
 from agora.square import Expert
-from agora.types import Tier, lowest
+from agora.types import lowest
 from experts.openai import OpenAIBackend
-from experts.passage import Passage, bounded, is_request_id, passing
+from experts.passage import Passage, bounded, is_request_id, passing, reach_told
 from experts.replicas import ReplicaSet
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ async def _completion(request: web.Request, path: Path) -> web.StreamResponse:
     limits = node.config.server
     passage = Passage.read(request.headers, node=node.id, max_hops=limits.max_hops)
     neighbour = passage is not None or caller.role is Role.NEIGHBOUR
-    reach = lowest(label(body), passage.reach if passage is not None else Tier.CLOUD)
+    reach = lowest(label(body), reach_told(request.headers))
     if isinstance(target, Expert) and (why := beyond(target.card, reach)) is not None:
         raise OutOfReach(
             f"expert {target.name!r} may not see this: {why}",

@@ -18,7 +18,8 @@ from agora.serve.runs import Runs
 from agora.serve.runs_schema import RunRequest
 from agora.serve.sse import EventStream
 from agora.serve.wire import checked
-from agora.types import Budget, Tier, label_of, reach_of, to_plain
+from agora.types import Budget, Tier, label_of, lowest, reach_of, to_plain
+from experts.passage import reach_told
 from graphs.records import RunRecord, RunStatus, StoredEvent
 from graphs.run import checked_run_id
 
@@ -63,12 +64,13 @@ async def create(request: web.Request) -> web.Response:
     runs = request.app[RUNS]
     wanted = checked(RunRequest, await read_object(request, request.app[NODE]))
     name = "question" if wanted.question is not None else "input"
+    told = reach_told(request.headers)
     try:
         record = await runs.create(
             wanted.asked,
             graph=wanted.graph,
             budget=Budget(**wanted.budget.model_dump()) if wanted.budget is not None else None,
-            reach=reach_of(wanted.reach or Tier.CLOUD),
+            reach=lowest(reach_of(wanted.reach or Tier.CLOUD), told),
             metadata=wanted.metadata,
             run_id=wanted.id,
         )

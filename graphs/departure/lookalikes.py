@@ -19,7 +19,9 @@ _PLAIN: Final[Mapping[int, str]] = {
 }
 
 _UNSEEN: Final = frozenset("\u00ad\u034f\u061c\u200b\u200c\u200d\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff")
-_UNSEEN_MARKS: Final = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+_DIRECTIONS: Final = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+_ACCENTS: Final = frozenset(map(chr, range(0x300, 0x370)))
+"""Marks upon the letter before them: left out, so that they end no word; they belong to what is found."""
 
 
 def plain(text: str) -> tuple[str, Sequence[int]]:
@@ -28,8 +30,15 @@ def plain(text: str) -> tuple[str, Sequence[int]]:
     Returns:
         It; and where each of its characters stands in the text given, with the text's length behind the last.
     """
-    unseen = (_UNSEEN | _UNSEEN_MARKS) & set(text)
+    unseen = (_UNSEEN | _DIRECTIONS | _ACCENTS) & set(text)
     if not unseen:
         return text.translate(_PLAIN), range(len(text) + 1)
     at = [i for i, c in enumerate(text) if c not in unseen]
     return "".join(text[i] for i in at).translate(_PLAIN), [*at, len(text)]
+
+
+def end_of(text: str, end: int) -> int:
+    """The end of what was found in a text, with the marks upon its last letter."""
+    while end < len(text) and text[end] in _ACCENTS:
+        end += 1
+    return end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from bisect import insort
@@ -12,7 +13,7 @@ from typing import Final
 
 from agora.errors import InvalidRequest
 from graphs.departure.kinds import KINDS
-from graphs.departure.lookalikes import plain
+from graphs.departure.lookalikes import end_of, plain
 
 Found = tuple[int, int, str]
 """Where something stands, and of which kind it is."""
@@ -144,7 +145,11 @@ class Redacted:
         """
         if not self.replaced:
             return text
-        return _LOOSE.sub(self._value, text)
+        restored = _LOOSE.sub(self._value, text)
+        if restored != text and _is_json(text) and not _is_json(restored):
+            # A line break or a backslash within a value: JSON must stay JSON.
+            return _LOOSE.sub(lambda m: json.dumps(self._value(m), ensure_ascii=False)[1:-1], text)
+        return restored
 
     def _value(self, m: re.Match[str]) -> str:
         kind, number = _canonical(m[0])
@@ -220,7 +225,18 @@ class Redactor:
     def _found(self, text: str) -> list[Found]:
         read, at = plain(text)
         found = ((a, b, kind) for kind, find in self._finders.items() for a, b in find(read))
-        return _merged((at[a], at[b - 1] + 1, kind) for a, b, kind in found if a < b)
+        return _merged((at[a], end_of(text, at[b - 1] + 1), kind) for a, b, kind in found if a < b)
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _literal(text: str) -> list[_Literal]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from agora.config import Config, load_config
-from agora.errors import ConfigError, InvalidRequest, ModelError, Rejected, Unavailable
+from agora.errors import BackendTimeout, ConfigError, InvalidRequest, ModelError, Rejected, Unavailable
 from agora.routing.cascade.policy import Ask, Query, Take
 from agora.routing.trust import Version
 from agora.square import Expert
@@ -249,6 +249,15 @@ async def test_an_expert_that_is_not_there_is_given_up_and_holds_up_nobody() -> 
     assert len(told["gone"]) == 100
     assert sum(o.error.startswith("not asked") for o in told["gone"].values()) >= 100 - GIVE_UP_AFTER - 8
     assert len(gone.calls) < 80
+
+
+@pytest.mark.looptime
+async def test_one_that_never_answers_costs_its_time_once_for_each_question() -> None:
+    late = FakeBackend(name="late", latency=100.0, failures=lambda call: BackendTimeout("no reply within 100 s"))
+    began = asyncio.get_running_loop().time()
+    told = await ask([expert("late", late)], questions(50))
+    assert len(late.calls) <= GIVE_UP_AFTER + 8 and all(o.error for o in told["late"].values())
+    assert asyncio.get_running_loop().time() - began <= 200.0
 
 
 async def test_never_more_in_flight_than_allowed() -> None:
@@ -550,6 +559,14 @@ def test_missing_prices_are_said(tmp_path: Path) -> None:
     assert free.policy is None and "price_per_mtok" in free.notes[-1]
     half = fitted_from(tmp_path, asked, graded(asked, VERSIONS, cost={"small": 0, "big": 1}), Wishes())
     assert half.policy is not None and "small cost nothing: no price_per_mtok is given" in half.notes
+
+
+def test_a_policy_that_stays_in_use_is_said(tmp_path: Path) -> None:
+    asked = questions(60)
+    told = graded(asked, VERSIONS)
+    assert fitted_from(tmp_path, asked, told, Wishes()).policy is not None
+    result = fitted_from(tmp_path, asked, {"small": told["small"]}, Wishes())
+    assert result.policy is None and "fitted before stays in use" in result.notes[-1]
 
 
 def test_one_expert_has_nobody_to_climb_to(tmp_path: Path) -> None:

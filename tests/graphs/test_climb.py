@@ -20,6 +20,7 @@ from experts.fake import FakeBackend, Fault, Hang, Reply, question_of
 from graphs.calibrating import Chosen
 from graphs.climb import Climb
 from graphs.climbing import Climbing
+from graphs.departure import Departure, Redactor
 from graphs.experience import Experience
 from graphs.guidance import Guidance, Guide, Known, LoadTrust
 from graphs.once import Once
@@ -279,6 +280,20 @@ async def test_who_is_known_to_take_too_long_is_not_asked() -> None:
     await climb(square, crew=quick, subtask=Subtask(id="t1", question="what?", expert="large"))
     attempts = await climb(square, crew=quick, budget=Budget(deadline_s=4.0))
     assert not any("was not asked" in n for n in answer(attempts).notes)
+
+
+@pytest.mark.looptime
+async def test_who_hangs_once_does_not_take_the_time_of_those_above_for_ever() -> None:
+    now = 0.0
+    square = three(medium=Hang())
+    crew = climber(square, accept=0.9, experience=Experience(clock=lambda: now))
+    budget = Budget(deadline_s=5)
+    assert names(await climb(square, crew=crew, budget=budget)) == ["small", "medium", "small"]
+    assert names(await climb(square, crew=crew, budget=budget)) == ["small", "large"]
+    # Where there is more time it is waited for, and after a while it has another chance.
+    assert names(await climb(square, crew=crew, budget=Budget(deadline_s=60)))[:2] == ["small", "medium"]
+    now = 1000.0
+    assert names(await climb(square, crew=crew, budget=budget))[:2] == ["small", "medium"]
 
 
 async def test_who_is_too_dear_is_not_asked() -> None:
@@ -546,6 +561,15 @@ async def test_a_guarantee_is_for_policies_that_see_all_and_do_not_fail() -> Non
     attempts = await climb(square, crew=climber(square, trust=trust, max_risk=0.05))
     assert names(attempts) == ["small", "medium"]
     assert answer(attempts).notes == (f"{NOT_COVERED}since not everybody could be asked",)
+
+
+async def test_a_guarantee_is_for_texts_that_leave_as_they_are() -> None:
+    trust = certified(lambda query, seen, allowed: Ask(model=0, quality=0.9, why="go"), "large")
+    redacts = Departure(redactor=Redactor(["email"]), shorteners=[])
+    for departure, max_risk, told in ((redacts, 0.05, True), (None, 0.05, False), (redacts, None, False)):
+        crew = climber(three(), departure=departure, trust=trust, max_risk=max_risk)
+        await climb(three(), crew=crew)
+        assert any("does not cover what is condensed or redacted" in n for n in crew.notes) is told
 
 
 async def test_an_answer_that_somebody_else_paid_for_counts_as_what_it_usually_costs() -> None:

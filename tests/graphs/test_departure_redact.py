@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 
@@ -62,6 +63,7 @@ FOUND = [
         "DE89\u00a03704\u00a00044\u00a00532\u00a00130\u00a000",
     ),
     ("ssn", "078\u201105\u20111120", "078\u201105\u20111120"),
+    ("name", "My name is Andre\u0301 Mu\u0308lle\u0301, as ever", "Andre\u0301 Mu\u0308lle\u0301"),
     ("email", "to anna\uff20b\uff0eco!", "anna\uff20b\uff0eco"),
     ("email", "to an\u00adna@\u200bb.co!", "an\u00adna@\u200bb.co"),
 ]
@@ -148,6 +150,14 @@ def test_placeholders_of_two_words_too() -> None:
     redacted = Redactor().redact("born on 3 May 1980", Vault())
     for written in ("<BIRTH_DATE_1>", "<Birth date 1>", "[birth-date_1]", r"<BIRTH\_DATE\_1>", "BIRTHDATE_1"):
         assert redacted.restore(f"on {written}.") == "on 3 May 1980.", written
+
+
+def test_json_that_comes_back_stays_json() -> None:
+    key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADAN\n-----END PRIVATE KEY-----"
+    redacted = Redactor().redact(f"{key} of a@b.co at https://x.example/a\\b", Vault())
+    said = redacted.restore('{"key": "<SECRET_1>", "who": ["<EMAIL_1>"], "at": "<URL_1>"}')
+    assert json.loads(said) == {"key": key, "who": ["a@b.co"], "at": "https://x.example/a\\b"}
+    assert redacted.restore("[see <SECRET_1>]") == f"[see {key}]"
 
 
 def test_placeholders_that_did_not_leave_are_not_filled_in() -> None:

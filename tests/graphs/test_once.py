@@ -16,10 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agora.errors import BadReply, InvalidRequest, Unavailable
+from agora.network.multipath import MultipathBackend
+from agora.network.path import Link, Path, Technology
+from agora.network.ways import Way
 from agora.square import Expert
 from agora.types import AdapterRef, Answer, Attempt, Budget, ExpertCard, Failure, Outcome, Subtask, Tier, Usage
 from experts.fake import FakeBackend, Reply, question_of
 from graphs.crew import ask_expert
+from graphs.departure import Departure, Redactor
 from graphs.once import ENTRY_BYTES, Once
 from graphs.spend import Spend
 
@@ -85,6 +89,7 @@ DIFFERENT: dict[str, Callable[[FakeBackend], tuple[Expert, str, Subtask]]] = {
     "backend": lambda b: (expert(FakeBackend("because", latency=1.0)), "why?", ONE),
     "adapter": lambda b: (expert(b, adapter=AdapterRef(name="a", version=2)), "why?", ONE),
     "prompt": lambda b: (expert(b, system_prompt="Be brief."), "why?", ONE),
+    "alternatives": lambda b: (expert(b, alternatives=5), "why?", ONE),
     "limit": lambda b: (expert(b), "why?", replace(ONE, max_tokens=3)),
     "label": lambda b: (expert(b), "why?", replace(ONE, reach=Tier.END)),
 }
@@ -376,6 +381,43 @@ async def test_what_may_come_out_otherwise_is_not_kept(more: dict[str, Any]) -> 
     once = Once(cache_entries=10)
     await ask(once, expert(FakeBackend("because", adapters=["law@v1"]), **more))
     assert once.kept == 0
+
+
+async def test_what_another_node_answers_on_one_of_several_ways_is_not_kept() -> None:
+    class Neighbour(FakeBackend):
+        relays = True
+
+    link = Link(name="l", source="here", target="b", technology=Technology.WIFI)
+    ways = [
+        Way(path=Path(name="here", links=(), target="a"), backend=FakeBackend("because")),
+        Way(path=Path(name="wifi", links=(link,), target="b"), backend=Neighbour("because")),
+    ]
+    for some, kept in ((ways, 0), (ways[:1], 1)):
+        once = Once(cache_entries=10)
+        backend = MultipathBackend(some, name="many")
+        assert text_of((await ask(once, expert(backend))).outcome) == "because"
+        assert once.kept == kept
+    await backend.aclose()
+
+
+async def test_what_is_private_is_not_kept_at_home_either() -> None:
+    once, phone = Once(cache_entries=10), expert(FakeBackend("ok"))
+    phone = replace(phone, card=replace(phone.card, tier=Tier.END))
+    for text, kept in (("mail a@b.co", 0), ("weather?", 1)):
+        attempt = await ask_expert(
+            phone,
+            ONE,
+            text,
+            why="",
+            spend=Spend(Budget()),
+            deadline=None,
+            departure=Departure(redactor=Redactor()),
+            once=once,
+        )
+        assert text_of(attempt.outcome) == "ok"
+        assert once.kept == kept
+    assert isinstance(phone.backend, FakeBackend)
+    assert question_of(phone.backend.requests[0]) == "mail a@b.co"
 
 
 async def test_what_may_not_go_everywhere_is_not_kept() -> None:

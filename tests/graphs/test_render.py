@@ -63,6 +63,22 @@ def test_what_is_passed_on_is_bounded() -> None:
     assert len(text) < MAX_INPUT_CHARS + 200 and "[…]" in text
 
 
+@pytest.mark.parametrize("value", ["anna.schmidt@example.org", "+49 170 1234567", "DE89 3704 0044 0532 0130 00"])
+def test_nothing_is_cut_in_the_middle_of_an_address_or_a_number(value: str) -> None:
+    for before in range(40, 82):
+        question = f"{'word ' * 20}"[:before].rstrip() + f" {value} and what came of it in the end, as far as you know?"
+        earlier = Subtask(id="t1", question=question)
+        text = render(
+            Subtask(id="t2", question="Is #t1 so?", inputs=("t1",)), {"t1": (earlier, Answer(text=LONG, expert="e"))}
+        )
+        told = text.partition('the answer to "')[2]
+        assert "…" in told and len(told) < 110
+        assert value in told or value[:4] not in told
+    answer = "word " * (MAX_INPUT_CHARS // 5 - 3) + f"x {value} " + "word " * 50
+    assert value[:4] not in asked("Is #t1 so?", answer) or value in asked("Is #t1 so?", answer)
+    assert len(asked("Is #t1 so?", "字 " + "字" * 2 * MAX_INPUT_CHARS)) > MAX_INPUT_CHARS, "no spaces, no words"
+
+
 def test_many_inputs_share_what_may_be_passed_on() -> None:
     text = asked("Sum it all up.", *["x" * MAX_INPUT_CHARS] * 200)
     assert len(text) < 60_000

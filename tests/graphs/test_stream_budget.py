@@ -195,3 +195,38 @@ def test_runs_at_the_same_time_keep_within_it_together(
         for name in r.missing:
             failure = r.outcome(name)
             assert isinstance(failure, Failure) and failure.code == "budget"
+
+
+async def test_the_budget_of_a_run_too_is_exceeded_by_the_last_call_at_most_however_long_prompts_turn_out() -> None:
+    spend = Spend(Budget(cost=1_000.0))
+    used: list[float] = []
+
+    async def call_once() -> None:
+        try:
+            async with spend.grant(CARD, 60, None):
+                await asyncio.sleep(0)
+                # 60 characters that are four tokens each, and not the 21 tokens in all that were thought.
+                usage = Usage(prompt_tokens=240, completion_tokens=50, cost=CARD.cost_of(290), calls=1)
+                used.append(usage.cost)
+                spend.add(usage)
+        except BudgetExceeded:
+            pass
+
+    await asyncio.gather(*(call_once() for _ in range(20)))
+    assert spend.spent.cost - used[-1] <= 1_000.0 < spend.spent.cost + CARD.cost_of(290)
+
+
+async def test_calls_for_which_there_is_money_whatever_their_prompts_are_made_at_the_same_time() -> None:
+    spend = Spend(Budget(cost=100_000.0))
+    running = most = 0
+
+    async def call_once() -> None:
+        nonlocal running, most
+        async with spend.grant(CARD, 60, None):
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            running -= 1
+
+    await asyncio.gather(*(call_once() for _ in range(20)))
+    assert most == 20

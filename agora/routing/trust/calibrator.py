@@ -181,9 +181,9 @@ def fit_calibrator(
     told = np.empty(len(rows))
     for fold in _folds(truth, seed):
         inside = np.setdiff1d(np.arange(len(rows)), fold)
-        made = _fit([rows[i] for i in inside], truth[inside], seed=seed)
+        made = _fit([rows[i] for i in inside], truth[inside], seed=seed, total=len(rows))
         told[fold] = made.of_scores(made.scores(columns(made.features, [rows[i] for i in fold])))
-    estimate = _fit(rows, truth, seed=seed)
+    estimate = _fit(rows, truth, seed=seed, total=len(rows))
     ordered = auroc(told, truth)
     assert ordered is not None
     report = Report(
@@ -197,7 +197,7 @@ def fit_calibrator(
     return Calibrator(estimate=estimate, report=report)
 
 
-def _fit(rows: Sequence[Mapping[str, float]], truth: NDArray[np.bool_], *, seed: int) -> Estimate:
+def _fit(rows: Sequence[Mapping[str, float]], truth: NDArray[np.bool_], *, seed: int, total: int) -> Estimate:
     features = learn_features(rows)
     table = columns(features, rows)
     labels = truth.astype(np.float64)
@@ -212,7 +212,7 @@ def _fit(rows: Sequence[Mapping[str, float]], truth: NDArray[np.bool_], *, seed:
         features=features,
         weights=tuple(map(float, weights)),
         intercept=intercept,
-        scaling=fit_scaling(unseen, truth),
+        scaling=fit_scaling(unseen, truth, labels=total),
     )
 
 

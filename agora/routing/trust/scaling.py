@@ -120,9 +120,17 @@ SCALINGS: Final[Mapping[str, Callable[[Mapping[str, Any]], Scaling]]] = MappingP
 """Readers of scalings by their kind."""
 
 
-def fit_scaling(scores: NDArray[np.float64], right: NDArray[np.bool_]) -> Scaling:
-    """Platt's sigmoid below `ISOTONIC_FROM` labels, isotonic regression from there on."""
-    return Platt.fit(scores, right) if len(right) < ISOTONIC_FROM else Isotonic.fit(scores, right)
+def fit_scaling(scores: NDArray[np.float64], right: NDArray[np.bool_], *, labels: int | None = None) -> Scaling:
+    """Platt's sigmoid below `ISOTONIC_FROM` labels, isotonic regression from there on.
+
+    Args:
+        scores: Shape (n,).
+        right: Shape (n,).
+        labels: How many there are in all, where these are a part of them: what is judged must be of the same kind as
+            what is used. None for n.
+    """
+    count = len(right) if labels is None else labels
+    return Platt.fit(scores, right) if count < ISOTONIC_FROM else Isotonic.fit(scores, right)
 
 
 def scaling_from_dict(plain: Mapping[str, Any]) -> Scaling:

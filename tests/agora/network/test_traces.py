@@ -163,7 +163,7 @@ def test_a_file_that_is_damaged_in_the_middle_is_told_clearly(tmp_path: FilePath
     packed[len(packed) // 2] ^= 0xFF
     packed[len(packed) // 2 + 1] ^= 0x55
     (tmp_path / "x.csv.gz").write_bytes(packed)
-    with pytest.raises(InvalidRequest, match="x.csv.gz"):
+    with pytest.raises(InvalidRequest, match=r"cannot be read|must"):
         trace_files.read_multipath(tmp_path / "x.csv.gz")
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from agora.errors import InvalidRequest
 from agora.routing.trust import Calibrator, CannotCalibrate, ece, fit_calibrator
 from agora.routing.trust.logistic import fit_logistic
-from agora.routing.trust.scaling import Isotonic, Platt, scaling_from_dict
+from agora.routing.trust.scaling import Isotonic, Platt, fit_scaling, scaling_from_dict
 
 
 def made_up(n: int, seed: int = 0) -> tuple[list[dict[str, float]], np.ndarray]:
@@ -192,3 +193,20 @@ def test_scalings_never_fall(pairs: list[tuple[int, bool]]) -> None:
         assert all(0 < t < 1 for t in told)
         assert scaling_from_dict(json.loads(json.dumps(scaling.to_dict()))) == scaling
         assert 0 <= scaling(1e308) <= 1 and 0 <= scaling(-1e308) <= 1
+
+
+def test_what_is_reported_is_of_the_kind_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of 1000 labels each fold leaves 800: too few for isotonic regression by themselves.
+    kinds: list[str] = []
+
+    def noted(*args: Any, **more: Any) -> Any:
+        made = fit_scaling(*args, **more)
+        kinds.append(made.kind)
+        return made
+
+    monkeypatch.setattr("agora.routing.trust.calibrator.fit_scaling", noted)
+    rng = np.random.default_rng(0)
+    truth = rng.random(1000) < 0.5
+    told = [{"s": float(v)} for v in rng.normal(size=1000) + truth]
+    assert fit_calibrator(told, truth).report.method == "isotonic"
+    assert set(kinds) == {"isotonic"}

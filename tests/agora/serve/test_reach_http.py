@@ -139,6 +139,21 @@ async def test_the_label_that_another_node_sent_counts(start: Any) -> None:
     assert asked(gateway.node, "big") == 0
 
 
+async def test_the_header_counts_whoever_sends_it(start: Any) -> None:
+    gateway = await start(experts=EXPERTS)
+    body = {"messages": [{"role": "user", "content": QUESTION}]}
+    status, said = await gateway.post("/v1/chat/completions", {"model": "big", **body}, **{REACH: "local"})
+    assert (status, said["error"]["code"]) == (400, "out_of_reach")
+    status, said = await gateway.post("/v1/chat/completions", {"model": "agora", **body}, **{REACH: "edge"})
+    assert (status, said["choices"][0]["message"]["content"]) == (200, "from the phone")
+    status, run = await gateway.post("/v1/runs", {"question": QUESTION}, **{REACH: "local"})
+    assert (status, run["reach"]) == (202, "local")
+    for path, what in (("/v1/chat/completions", {"model": "small", **body}), ("/v1/runs", {"question": QUESTION})):
+        status, said = await gateway.post(path, what, **{REACH: "mars"})
+        assert status == 400 and "header Agora-Reach is 'mars'" in said["error"]["message"], path
+    assert asked(gateway.node, "big") == 0
+
+
 async def test_a_passage_carries_the_lowest_label_and_leaves_out_none_at_all() -> None:
     passage = Passage.begin(node=new_node_id(), max_hops=3)
     assert REACH not in passage.headers()
