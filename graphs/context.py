@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from agora.errors import InvalidRequest
 from agora.types import MAX_QUESTION_CHARS, Attempt, Subtask, checked_question
-from graphs.execution import Ask, How
+from graphs.how import Ask, How
 from graphs.solver import OnEnd, OnStart, Solver, Steps
 from graphs.spend import Spend
 

@@ -16,7 +16,8 @@ from langsmith.utils import tracing_is_enabled
 from agora.events import Event
 from agora.types import Answer, Attempt, Outcome, RunResult, TaskGraph
 from graphs.context import informed
-from graphs.execution import Ask, How, Run
+from graphs.execution import Run
+from graphs.how import Ask, How
 from graphs.plan import Plan
 from graphs.solver import Steps
 

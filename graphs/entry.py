@@ -15,7 +15,8 @@ from agora.types import MAX_SUBTASKS
 from graphs import direct
 from graphs.context import informed
 from graphs.databases import watching
-from graphs.execution import Ask, How, Run
+from graphs.execution import Run
+from graphs.how import Ask, How
 from graphs.recorded import RecordedCalls
 
 MAX_PARALLEL: Final = 16

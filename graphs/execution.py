@@ -12,11 +12,11 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Final, NoReturn, Protocol, TypedDict
+from typing import Any, Final, NoReturn, Protocol
 
 from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest, OutOfReach, StoreError
 from agora.events import AttemptEnded, AttemptStarted, Event, Planned, RunFinished, RunStarted, Synthesising
@@ -36,57 +36,21 @@ from agora.types import (
     reach_of,
 )
 from graphs.crew import missing_input
-from graphs.departure import Departure
+from graphs.how import Ask, How
+from graphs.missing import with_what_is_missing
 from graphs.outside import plan_outside, synthesise_outside
-from graphs.places import Fifo, Places, Scheduler
-from graphs.plan import Plan, Planner
-from graphs.render import plain_question, render
-from graphs.solver import Solver, Steps
+from graphs.places import Places
+from graphs.plan import Plan
+from graphs.render import render
+from graphs.solver import Steps
 from graphs.spend import Spend
-from graphs.synthesise import SectionsSynthesiser, Synthesiser, answered, combine, synthesis_prompt
+from graphs.synthesise import SectionsSynthesiser, answered, combine, synthesis_prompt
 
 log = logging.getLogger(__name__)
 
 PLANNING_SHARE: Final = 0.5
 """Share of the time to the deadline that a planner is told it has. A planning model that hangs is then replaced by the
 rules while there is as much time left to answer."""
-
-
-class Ask(TypedDict, total=False):
-    """What goes into the graph. All but `question` may be left out; keys of a larger state are ignored.
-
-    What was said before the question is told to whoever is asked for a part of it; only the question is planned over.
-    `reach` says how far up question and what was said before may go, and with them every part of it: `local`, `edge` or
-    `cloud` (see `agora.types.reach`).
-    """
-
-    question: str
-    said_before: str
-    budget: dict[str, Any]
-    reach: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class How:
-    """What all runs of one graph share.
-
-    Attributes:
-        crew: Who can be asked, and how they are chosen.
-        planner: Makes the task graph.
-        synthesiser: Makes one answer of the parts.
-        budget: What a run may spend, unless its input says otherwise.
-        max_parallel: Subtasks asked at the same time.
-        scheduler: Which of the subtasks that wait for that are asked first.
-        departure: What is done to a text before it leaves this machine's tier, whoever asks.
-    """
-
-    crew: Solver
-    planner: Planner
-    synthesiser: Synthesiser
-    budget: Budget
-    max_parallel: int
-    scheduler: Scheduler = field(default_factory=Fifo)
-    departure: Departure | None = None
 
 
 class Calls(Protocol):
@@ -417,7 +381,7 @@ class Run:
         return RunResult(
             run=self.id,
             question=self.question,
-            text=_with_what_is_missing(final.text, self.by_id, outcomes, missing),
+            text=with_what_is_missing(final.text, self.by_id, outcomes, missing),
             graph=plan.graph,
             planner=plan.planner,
             attempts={s.id: self.attempts[s.id] for s in self.order},
@@ -443,18 +407,3 @@ def _budget(plain: Any) -> Budget | None:
         return Budget(**plain)
     except (TypeError, OverflowError):
         raise InvalidRequest(f"budget {plain!r} must be an object with any of deadline_s, cost, tokens") from None
-
-
-def _with_what_is_missing(
-    text: str, by_id: Mapping[str, Subtask], outcomes: Mapping[str, Outcome], missing: Sequence[str]
-) -> str:
-    if not missing:
-        return text
-    lines = [f"- {plain_question(by_id[i], by_id)} ({_reason(outcomes[i])})" for i in missing]
-    if not text:
-        return "No part of this could be answered:\n" + "\n".join(lines)
-    return f"{text}\n\nMissing from this answer:\n" + "\n".join(lines)
-
-
-def _reason(outcome: Outcome) -> str:
-    return outcome.message if isinstance(outcome, Failure) else ""

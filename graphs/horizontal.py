@@ -19,7 +19,7 @@ from agora.types import Budget
 from graphs.crew import MAX_ATTEMPTS, Crew
 from graphs.departure import Departure
 from graphs.entry import MAX_PARALLEL, checked_limits, compiled
-from graphs.execution import How
+from graphs.how import How
 from graphs.once import Once
 from graphs.plan import Planner
 from graphs.rules import RulePlanner

@@ -24,7 +24,7 @@ from agora.square import Square
 from agora.types import Attempt, Budget, Subtask, TaskGraph
 from graphs.crew import MAX_ATTEMPTS, Crew
 from graphs.entry import MAX_PARALLEL, checked_limits, compiled
-from graphs.execution import How
+from graphs.how import How
 from graphs.places import SCHEDULERS, Heft, Scheduler
 from graphs.plan import Planner
 from graphs.rules import RulePlanner

@@ -17,7 +17,7 @@ from agora.errors import AgoraError, InvalidRequest, RunNotFound, StoreError
 from agora.events import Event, RunFailed, RunFinished
 from agora.types import Budget, RunResult, Tier, label_of, reach_of, to_plain
 from graphs.direct import how_of, run_directly
-from graphs.execution import Ask, How
+from graphs.how import Ask, How
 
 Graph = Pregel[Any, Any, Any, Any]
 

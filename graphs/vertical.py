@@ -23,9 +23,9 @@ from graphs.climb import Climb
 from graphs.crew import MAX_ATTEMPTS
 from graphs.departure import Departure
 from graphs.entry import MAX_PARALLEL, checked_limits, compiled
-from graphs.execution import How
 from graphs.experience import Experience
 from graphs.guidance import Guide, Known, LoadTrust
+from graphs.how import How
 from graphs.ladder import ACCEPT
 from graphs.once import Once
 from graphs.plan import Planner
@@ -95,7 +95,7 @@ def vertical(
         checkpointer: Where every answer is kept, so that a killed run can be resumed without paying anybody twice.
 
     Returns:
-        A compiled LangGraph graph. Input `graphs.execution.Ask`, output `graphs.entry.Answered`;
+        A compiled LangGraph graph. Input `graphs.how.Ask`, output `graphs.entry.Answered`;
         `stream_mode="custom"` yields the typed events of `agora.events`.
 
     Raises:

@@ -16,7 +16,7 @@ from agora.types import Answer, Attempt, Budget, ExpertCard, Failure, Subtask, T
 from experts.fake import FakeBackend, question_of
 from graphs.crew import Crew
 from graphs.direct import run_directly
-from graphs.execution import How
+from graphs.how import How
 from graphs.places import SCHEDULERS, Heft, Places, Scheduler
 from graphs.plan import StaticPlanner
 from graphs.synthesise import SectionsSynthesiser
