@@ -24,7 +24,6 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from agora.errors import InvalidRequest
-from agora.routing.cascade.fit import FOLDS
 from agora.routing.cascade.outcomes import Outcomes
 from benchmarks.cascade_parts.embeddings import embeddings
 from benchmarks.cascade_parts.evaluate import Split, evaluate, summary
@@ -83,7 +82,9 @@ async def read(name: str, data: Path, *, rows: int | None, seed: int) -> Outcome
     return outcomes
 
 
-def splits_of(outcomes: Outcomes, judged: Outcomes | None, *, count: int, seed: int, folds: int) -> tuple[Split, ...]:
+def splits_of(
+    outcomes: Outcomes, judged: Outcomes | None, *, count: int, seed: int, folds: int | None
+) -> tuple[Split, ...]:
     """One evaluation on `judged`, or `count` on random splits; each fits anew."""
     if judged is not None:
         return (evaluate(outcomes, judged, seed=seed, folds=folds),)
@@ -120,7 +121,7 @@ async def measure(
     """Figures and curves of each set."""
     results: dict[str, Any] = {}
     curves: dict[str, tuple[Split, ...]] = {}
-    folds = QUICK_FOLDS if quick else FOLDS
+    folds = QUICK_FOLDS if quick else None
     count = splits if splits is not None else QUICK_SPLITS if quick else SPLITS
     for name in names:
         rows = None if not quick else QUICK_ROWS_MMLU if name == "routellm_mmlu" else QUICK_ROWS

@@ -22,10 +22,10 @@ MAX_MODELS: Final = 8
 """Models that one policy chooses among: beliefs are kept for every subset, 2⁸ = 256 of them."""
 
 PENALTY: Final = 20.0
-"""Of the regressions, on standardised features."""
+"""Of the regressions, on standardised features. Not tuned."""
 
 WORTH_PENALTY: Final = 10.0
-"""Of the regressions on `worth_features`."""
+"""Of the regressions on `worth_features`. Not tuned."""
 
 LEAST_COST: Final = 0.05
 """Least cost that is expected of a model, as a share of its mean: a linear forecast may fall below 0."""

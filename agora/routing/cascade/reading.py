@@ -17,10 +17,10 @@ from agora.routing.cascade.stacking import Stack
 Floats = NDArray[np.float64]
 
 PENALTY: Final = 20.0
-"""Of the regressions, on standardised features."""
+"""Of the regressions, on standardised features. Not tuned."""
 
 TEXT_TRUST: Final = 0.3
-"""Of a text's own features beside what priors say; see `Scaling.of`."""
+"""Of a text's own features beside what priors say; see `Scaling.of`. Not tuned."""
 
 LOG_COST: Final = 5.0
 """Largest distance from a model's mean cost that is expected or learned from, as a log: a factor of 150."""

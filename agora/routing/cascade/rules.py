@@ -60,30 +60,18 @@ class Single:
 class Routing:
     """Asks one model: the one with the most quality − cost / worth.
 
-    Where it is hard to tell for whom a question is hard, it is better to go by what models usually gain over one
-    another, and by what they cost this time.
-
     Attributes:
         worth: Money that an answer's being right is worth.
-        usual: Mean quality of each model, or nothing to go by what is believed of the question alone.
-        faith: How far to follow what is believed of the question rather than the usual, in [0, 1].
     """
 
     kind: ClassVar[str] = "routing"
     worth: float
-    usual: tuple[float, ...] = ()
-    faith: float = 1.0
 
     def choose(self, subset: int, forecast: Forecast, open_: Open) -> Choices:
         """Asks once."""
         if subset:
             return np.full(len(open_), TAKE)
-        quality = forecast.quality
-        if self.usual:
-            usual = np.array(self.usual)
-            apart = quality - usual - (quality.mean(axis=1, keepdims=True) - usual.mean())
-            quality = usual + self.faith * apart
-        return _highest(quality - forecast.cost / self.worth, open_)
+        return _highest(forecast.quality - forecast.cost / self.worth, open_)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

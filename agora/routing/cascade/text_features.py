@@ -23,12 +23,16 @@ TEXT_FEATURES: Final = 17
 """Columns of `text_features`."""
 
 _NUMBER: Final = re.compile(r"\d[\d,]*(?:\.\d+)?")
-_CUES: Final = (
-    re.compile(r"\b(?:if|then|when|unless)\b", re.IGNORECASE),
-    re.compile(r"\b(?:each|every|per|times|twice|half|third|double)\b", re.IGNORECASE),
-    re.compile(r"\b(?:more|less|fewer|than|remaining|left|rest)\b", re.IGNORECASE),
-    re.compile(r"\b(?:not|except|false|incorrect|least)\b", re.IGNORECASE),
-    re.compile(r"\b(?:how many|how much|find|compute|calculate|evaluate)\b", re.IGNORECASE),
+_WORD: Final = re.compile(r"[a-z]+")
+_CUES: Final = tuple(
+    frozenset(cues.split())
+    for cues in (
+        "if then when unless",
+        "each every per times twice half third double",
+        "more less fewer than remaining left rest",
+        "not except false incorrect least",
+        "find compute calculate evaluate many much",
+    )
 )
 
 
@@ -51,7 +55,8 @@ def text_features(texts: Sequence[str]) -> NDArray[np.float64]:
 
 def _row(text: str) -> list[float]:
     numbers = numbers_in(text)
-    words = text.split()
+    words, lower = text.split(), text.lower()
+    said = _WORD.findall(lower)
     counts = [
         len(text),
         len(words),
@@ -60,12 +65,12 @@ def _row(text: str) -> list[float]:
         sum(n != int(n) for n in numbers if n < 1e15),
         max(numbers, default=0.0),
         numbers[0] if numbers else 0.0,
-        text.count("%") + text.lower().count("percent"),
+        text.count("%") + lower.count("percent"),
         text.count("$"),
         text.count("\\") + text.count("^"),
         text.count("\n"),
         text.count(".") + text.count("?"),
-        *(len(cue.findall(text)) for cue in _CUES),
+        *(sum(map(cue.__contains__, said)) for cue in _CUES),
     ]
     return [float(np.log1p(count)) for count in counts]
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agora.errors import InvalidRequest, NoExpert
-from agora.routing.cascade.fit import Kinds, fit
+from agora.routing.cascade.fit import Kinds, _pick, fit
 from agora.routing.cascade.fitted import LearnedPolicy, MixedPolicy, drawn
 from agora.routing.cascade.outcomes import Outcomes
 from agora.routing.cascade.policy import Ask, Policy, Query, Seen, Take
@@ -157,21 +157,40 @@ def test_a_mix_follows_each_for_its_share(kinds: Kinds) -> None:
     assert [drawn(t) < 0.3 for t in texts] == asked_top
 
 
-def test_without_a_better_kind_single_models_are_mixed() -> None:
+def noise(n: int, seed: int) -> Outcomes:
     """Models that are right by chance, alike whatever is asked or answered: nothing can be learned."""
-    rng = np.random.default_rng(5)
-    n = 200
-    noise = Outcomes(
+    rng = np.random.default_rng(seed)
+    return Outcomes(
         models=("a", "b"),
         questions=tuple(f"{rng.integers(10**6)} {rng.integers(10**6)}" for _ in range(n)),
         quality=(rng.random((n, 2)) < [0.3, 0.8]).astype(float),
         cost=np.tile([1.0, 2.0], (n, 1)),
     )
-    fitted = fit(noise, seed=0, folds=3)
-    gains = fitted.report["gain_over_mixing"]
-    assert all(abs(gain) < 0.03 for gain in gains.values())
-    if all(gain <= 0 for kind, gain in gains.items() if kind != "single"):
-        assert fitted.report["picked"] == "single"
+
+
+def test_where_nothing_can_be_learned_nothing_is_lost() -> None:
+    fitted, judged = fit(noise(200, 5), seed=0, folds=3), noise(4000, 6)
+    assert all(abs(gain) < 0.03 for gain in fitted.report["gain_over_mixing"].values())
+    assert fitted.report["picked"] in {"single", "routing"}, "a kind with more to get wrong must earn its place"
+    board = fitted.mind.board(judged)
+    for vertex in fitted.vertices:
+        played = play(vertex.rule, board)
+        mixed = 0.3 + 0.5 * (played.cost.mean() - 1)
+        assert played.quality(judged.quality).mean() > mixed - 0.02
+
+
+def test_single_models_are_mixed_where_every_kind_loses() -> None:
+    halves = np.linspace(-0.001, 0.001, 12)
+    judged = {"single": 0 * halves, "routing": halves - 0.02, "cascade": halves - 0.03}
+    judged |= {"cascade_routing": halves - 0.03, "stopping": halves - 0.03}
+    assert _pick(judged) == "single"
+    assert _pick(judged | {"routing": halves}) == "routing"
+    assert _pick(judged | {"stopping": halves + 0.01}) == "stopping"
+    wide = 30 * halves
+    chance = {"routing": halves + 0.001, "stopping": wide + 0.01}
+    assert _pick(judged | chance) == "routing", "by chance it may be no better"
+    loses = {"routing": wide - 0.001, "cascade": 4 * halves + 0.005}
+    assert _pick(judged | loses) == "cascade", "routing loses to mixing, this gains"
 
 
 def test_the_same_seed_gives_the_same_policies(train: Outcomes) -> None:
