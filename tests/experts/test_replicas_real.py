@@ -20,7 +20,11 @@ from experts.vllm_launch import default_python, find_install
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-TARGETS = Targets(least=1, most=2, queue=2.0, up_after_s=1.0, down_after_s=4.0, cooldown_s=1.0)
+TARGETS = Targets(least=1, most=2, queue=2.0, up_after_s=1.0, down_after_s=12.0, cooldown_s=1.0)
+
+REST_S = 4.0
+"""Seconds that users rest between two bursts while the second server starts: it needs the processor more than they do,
+and a burst within every `down_after_s` is enough to keep it wanted."""
 
 
 async def test_a_second_server_comes_and_goes_with_the_load(tmp_path: Path) -> None:
@@ -45,6 +49,8 @@ async def test_a_second_server_comes_and_goes_with_the_load(tmp_path: Path) -> N
                 answer = await replicas.generate(request)
                 assert answer.usage.completion_tokens > 0
                 answered[grown.is_set()] += 1
+                if replicas.signal.wanted == 2 and not grown.is_set():
+                    await asyncio.sleep(REST_S)
 
         async def watch() -> None:
             while (replicas.signal.up or 0) < 2:
