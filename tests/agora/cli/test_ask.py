@@ -104,7 +104,7 @@ def test_an_argument_that_is_not_utf8_is_one_clear_error(agora, fake):
         ("--deadline", "nan", "--deadline is nan"),
         ("--cost", "0", "--cost is 0.0"),
         ("--tokens", "-5", "--tokens is -5"),
-        ("--planner", "rule", "--planner 'rule' is unknown; allowed: rules, llm, static"),
+        ("--planner", "rule", "--planner 'rule' is unknown; allowed: rules, none, llm, static"),
         ("--graph", "diagonal", "--graph 'diagonal' is unknown; allowed: horizontal"),
         ("--planner", "llm", 'graph.planner_expert: is required for planner = "llm"; allowed: finance, education'),
         ("--planner", "static", "graph.subtasks: a fixed plan needs both"),
