@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from agora.routing.cascade.saved import VERSION as POLICY_FORMAT
 from benchmarks.common import data_dir, facts, parser, run, show
 from benchmarks.tiers_parts import figures
 from benchmarks.tiers_parts.adapter import Progress as TrainingStep
@@ -189,7 +190,9 @@ async def _measure(
     )
     trained = await asyncio.to_thread(_adapter, root, store, questions, recipe, fresh and not quick, threads, watch)
     file = root / "agora.toml"
-    config = write_config(file, adapter=trained.folder, sha256=trained.sha256, policy=root / "policy", threads=threads)
+    # Another format of policies, another folder: what an earlier version fitted is not there, rather than in the way.
+    policy = root / f"policy-{POLICY_FORMAT}"
+    config = write_config(file, adapter=trained.folder, sha256=trained.sha256, policy=policy, threads=threads)
     started = time.perf_counter()
     tiers = open_tiers(config, file, answers=root / "answers", store=store, fresh=fresh)
     try:
