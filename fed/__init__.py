@@ -1,0 +1,4 @@
+"""Learning together: asynchronous, clustered and hierarchical federated fine-tuning of adapters.
+
+(Another distribution, RayFed, has the same import name; do not install both.)
+"""
