@@ -6,6 +6,8 @@ Rules that know more (which tensors are factors of the same product) look at the
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -60,9 +62,10 @@ class LayerSize:
     outputs: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Spec:
-    """What the numbers of an adapter mean. Two vectors may be added only if their specs are equal.
+    """What the numbers of an adapter mean. Two vectors may be added only if their specs are equal, the order of their
+    tensors included.
 
     Attributes:
         method: What is trained.
@@ -83,13 +86,15 @@ class Spec:
     layers: Mapping[str, LayerSize] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # An α of 8 and one of 8.0 are the same, and must give the same digest.
+        object.__setattr__(self, "alpha", float(self.alpha))
+        if self.method is Method.LORA and not (self.rank >= 1 and math.isfinite(self.alpha) and self.alpha > 0):
+            raise AdapterError(f"LoRA with rank {self.rank} and alpha {self.alpha}; both must be above 0")
         if not self.shapes:
             raise AdapterError("an adapter needs at least one tensor")
         for name, shape in self.shapes.items():
             if not shape or any(n < 1 for n in shape):
                 raise AdapterError(f"tensor {name!r} has shape {shape}; every side must be at least 1")
-        if self.method is Method.LORA and not (self.rank >= 1 and math.isfinite(self.alpha) and self.alpha > 0):
-            raise AdapterError(f"LoRA with rank {self.rank} and alpha {self.alpha}; both must be above 0")
 
     @classmethod
     def lora(
@@ -122,6 +127,17 @@ class Spec:
     def size(self) -> int:
         """Numbers in the vector."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def digest(self) -> str:
+        """Of `to_json`, sha256 in hexadecimal: specs with equal digests are equal, order of tensors included."""
+        return hashlib.sha256(json.dumps(self.to_json(), separators=(",", ":")).encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Spec) and self.digest == other.digest)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     @property
     def scaling(self) -> float:

@@ -186,6 +186,8 @@ class Absorb:
         model: Of which model.
         weight: c = w·discount(τ): relative weight before it is divided by the weights' sum.
         staleness: τ, versions published since the one it started from.
+        discount: discount(τ), which is in the weight already: w is weight/discount. Rules divide by the sum of w, or
+            staleness would not make the step smaller when all updates are equally stale.
     """
 
     job: int
@@ -193,6 +195,7 @@ class Absorb:
     model: str
     weight: float
     staleness: int
+    discount: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
