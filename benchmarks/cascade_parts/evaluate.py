@@ -66,9 +66,9 @@ def deadline_of(train: Outcomes) -> float | None:
     return float(np.quantile(train.seconds[:, int(train.cost.mean(axis=0).argmax())], DEADLINE_AT))
 
 
-def evaluate(train: Outcomes, judged: Outcomes, *, seed: int, folds: int | None) -> Split:
+def evaluate(train: Outcomes, judged: Outcomes, *, seed: int) -> Split:
     """Fits on `train` alone and plays on `judged`."""
-    kinds = fit_kinds(train, seed=seed, folds=folds, deadline=deadline_of(train))
+    kinds = fit_kinds(train, seed=seed, deadline=deadline_of(train))
     board = kinds.picked.mind.board(judged)
     played = {kind: _points(kinds.by_kind[kind], board, judged) for kind in KINDS}
     picked = str(kinds.picked.report["picked"])

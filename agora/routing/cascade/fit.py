@@ -15,8 +15,8 @@ from agora.errors import InvalidRequest
 from agora.routing.cascade.beliefs import MAX_MODELS, Belief, Forecast, fit_beliefs
 from agora.routing.cascade.evidence import Evidence, evidence_of
 from agora.routing.cascade.fitted import Fitted, Mind, Vertex
-from agora.routing.cascade.frontier import hull, under_curve
 from agora.routing.cascade.outcomes import Outcomes
+from agora.routing.cascade.picking import Tried, judgements, pick, why
 from agora.routing.cascade.priors import PRIORS, cross_fitted, fit_priors
 from agora.routing.cascade.reading import Reader, cross_read
 from agora.routing.cascade.replay import Board, board_from, board_of, play
@@ -25,35 +25,35 @@ from agora.routing.cascade.rules import Cascade, CascadeRouting, Routing, Rule, 
 Floats = NDArray[np.float64]
 
 LEAST_ROWS: Final = 30
-"""Questions below which nothing is fitted: validation on so few would pick at random."""
+"""Questions below which nothing is fitted: validation on so few would pick at random, being right on a share known to
+0.09 at best (the standard error of 30 tosses)."""
 
 FOLDS: Final = 6
 """Folds of the validation. Each is a whole fit; with fewer on some 400 questions, what needs many to be learned looks
 worse than it will be with all: with 4, mixing single models was picked on MATH where routing gained 0.02 on others."""
 
 FOLDS_OF_MANY: Final = 3
-"""The same from `MANY` questions on, of which two thirds are enough to learn from."""
+"""The same from `MANY` questions on, of which two thirds are enough to learn from: half the fits of `FOLDS`, each on
+more questions than `FOLDS` leaves of fewer."""
 
 MANY: Final = 3000
-"""Questions from which on `FOLDS_OF_MANY` folds do."""
+"""Questions from which on `FOLDS_OF_MANY` folds do: what is left to learn from are 2,000, several times what `FOLDS`
+folds leave of the sets that needed them. It is the time of the fits that is saved; not tuned."""
 
 INNER_FOLDS: Final = 4
-"""Folds of the cross-fitting within a fit."""
+"""Folds of the cross-fitting within a fit: three quarters are learned from, and every fold is one more fit of
+everything. Not tuned."""
 
 WORTHS: Final = 48
-"""What an answer may be worth, on a log scale: neighbours differ by a fifth or less."""
+"""What an answer may be worth, on a log scale: neighbours differ by a quarter or less."""
+
+FINER: Final = 2
+"""Steps of routing and of cascade routing for each of `WORTHS`: cheap, for nothing is fitted for them. On MMLU a curve
+through every threshold had 0.0005 more quality under it than one with neighbours a quarter apart."""
 
 THRESHOLDS: Final = 40
-"""Thresholds that are tried for each chain of a cascade: quantiles of what is believed of its answers."""
-
-HALVINGS: Final = 6
-"""Times that the questions are halved to judge the kinds: twice as many judgements of each."""
-
-ERRORS: Final = 2.0
-"""Standard errors of a comparison by which a kind must be better than a simpler one: 95 % sure."""
-
-SIMPLER_FIRST: Final = ("single", "routing", "cascade", "cascade_routing", "stopping")
-"""Kinds by how much they have to learn."""
+"""Thresholds that are tried for each chain of a cascade: quantiles of what is believed of its answers, 2.5 % of the
+answers apart, which is finer than a few hundred questions can tell them apart."""
 
 
 def fit(
@@ -69,7 +69,7 @@ def fit(
 
     Every question is judged by beliefs that were fitted without it (`folds`-fold). Each kind gives a curve of quality
     over cost, one point for each worth of an answer. The simplest kind is kept that none beats by more than chance
-    (`ERRORS`), and nothing but single models, mixed, where it loses to them.
+    (see `pick`), and nothing but single models, mixed, where it loses to them.
 
     Args:
         outcomes: What the models made of questions, the cheapest model first.
@@ -138,9 +138,9 @@ def fit_kinds(
     tried = {kind: _tried(rules, board, quality) for kind, rules in _rules(m, worths).items()}
     tried["cascade"] = _cascades(board, quality)
     singles = tried["single"]
-    judged = _judgements(tried, rng)
+    judged = judgements(tried, rng)
     gains = {kind: float(values.mean()) for kind, values in judged.items()}
-    picked = _pick(judged)
+    picked = pick(judged)
     timed = outcomes.seconds is not None
     reader, beliefs = learn(evidence, outcomes.quality)
     mind = Mind(
@@ -162,7 +162,7 @@ def fit_kinds(
         "deadline": deadline,
         "gain_over_mixing": {kind: round(gain, 5) for kind, gain in gains.items()},
         "picked": picked,
-        "why": _why(picked, gains),
+        "why": why(picked, gains),
         "singles": {
             "cost": [float(c) for c in singles.cost.mean(axis=1)],
             "quality": [float(q) for q in singles.quality.mean(axis=1)],
@@ -200,9 +200,13 @@ def _check(n: int, m: int, priors: Sequence[str], deadline: float | None, trade_
 
 
 def worths_for(outcomes: Outcomes) -> Floats:
-    """What an answer may be worth, in money, falling: from where only quality counts to where only cost does."""
-    mean = np.maximum(outcomes.cost.mean(axis=0), 1e-12)
-    return np.geomspace(300 * mean.max(), max(0.5 * mean.min(), 1e-4 * mean.max()), WORTHS)
+    """What an answer may be worth, in money, falling: from where only quality counts to where only cost does.
+
+    At half of what the second cheapest model costs above the cheapest, no quality pays for asking anybody else.
+    """
+    mean = np.sort(np.maximum(outcomes.cost.mean(axis=0), 1e-12))
+    above = mean[1] - mean[0] if len(mean) > 1 else mean[0]
+    return np.geomspace(300 * mean[-1], max(0.5 * above, 0.5 * mean[0], 1e-4 * mean[-1]), WORTHS)
 
 
 def _folds(n: int, folds: int, rng: np.random.Generator) -> NDArray[np.int_]:
@@ -246,39 +250,13 @@ def _joined(parts: Sequence[tuple[NDArray[np.int_], Board]], deadline: float | N
     return board_from(evidence, forecasts, deadline)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tried:
-    """Rules, and what each of k came to on each of n questions.
-
-    Attributes:
-        rules: The rules.
-        cost: Money, shape (k, n).
-        quality: How right, shape (k, n).
-    """
-
-    rules: tuple[Rule, ...]
-    cost: Floats
-    quality: Floats
-
-    def kept(self, rows: NDArray[np.int_] | slice = slice(None)) -> list[int]:
-        """Rules that make the curve, judged by some questions, rising in cost.
-
-        A cascade or single model is kept if it is on the upper concave hull. Of the other kinds, which have one rule
-        for each worth of an answer, all are: to pick the luckiest of neighbours on 400 questions loses on others.
-        """
-        cost, quality = self.cost[:, rows].mean(axis=1), self.quality[:, rows].mean(axis=1)
-        if isinstance(self.rules[0], Single | Cascade):
-            return hull(cost, quality)
-        order = np.argsort(cost, kind="stable")
-        return [int(i) for k, i in enumerate(order) if k == 0 or cost[i] > cost[order[k - 1]]]
-
-
 def _rules(m: int, worths: Floats) -> dict[str, list[Rule]]:
     """The rules of the kinds that have one for each worth."""
+    finer = np.geomspace(worths[0], worths[-1], FINER * (len(worths) - 1) + 1)
     return {
         "single": [Single(model=j) for j in range(m)],
-        "routing": [Routing(worth=float(w)) for w in worths],
-        "cascade_routing": [CascadeRouting(worth=float(w)) for w in worths],
+        "routing": [Routing(worth=float(w)) for w in finer],
+        "cascade_routing": [CascadeRouting(worth=float(w)) for w in finer],
         "stopping": [Stopping(level=level) for level in range(len(worths))],
     }
 
@@ -326,59 +304,6 @@ def _along(chain: tuple[int, ...], board: Board, quality: Floats) -> tuple[Float
     return thresholds, np.take_along_axis(paid, end, axis=1), np.take_along_axis(got, end, axis=1)
 
 
-def _judgements(tried: Mapping[str, Tried], rng: np.random.Generator) -> dict[str, Floats]:
-    """Quality under each kind's curve beyond that of mixing single models, rules being kept on one half of the
-    questions and judged on the other; of all kinds on the same halves, shape (2 · `HALVINGS`,) each.
-
-    Without the halves a kind would look the better the more rules it has to pick from.
-    """
-    singles = tried["single"]
-    n = singles.cost.shape[1]
-    gains: dict[str, list[float]] = {kind: [] for kind in tried}
-    for _ in range(HALVINGS):
-        order = rng.permutation(n)
-        for chosen, judged in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
-            means = singles.cost[:, judged].mean(axis=1)
-            low, high = float(means.min()), float(means.max())
-            areas = {kind: _area(table, chosen, judged, low, high) for kind, table in tried.items()}
-            for kind, area in areas.items():
-                gains[kind].append(area - areas["single"])
-    return {kind: np.array(values) for kind, values in gains.items()}
-
-
-def _area(table: Tried, chosen: NDArray[np.int_], judged: NDArray[np.int_], low: float, high: float) -> float:
-    if high <= low:
-        return 0.0
-    kept = table.kept(chosen)
-    cost, quality = table.cost[kept][:, judged].mean(axis=1), table.quality[kept][:, judged].mean(axis=1)
-    order = np.argsort(cost, kind="stable")
-    return under_curve(cost[order], quality[order], low, high)
-
-
-def _pick(judged: Mapping[str, Floats]) -> str:
-    """The simplest kind that none beats by more than `ERRORS` errors of the comparison.
-
-    Source: the standard-error rule of Breiman et al. (1984), "Classification and Regression Trees". The deviation among
-    halves is the standard error of the whole (McCarthy 1969, half-sample replication). Mixing single models is
-    what is fallen back on where the kind picked does not gain; routing, whose forecasts shrink to the usual where
-    nothing can be told, counts as no less simple, and stands unless it loses by more than those errors.
-    """
-    picked = "routing"
-    for kind in SIMPLER_FIRST[2:]:
-        over = judged[kind] - judged[picked]
-        if over.mean() > ERRORS * over.std():
-            picked = kind
-    if picked == "routing" and judged[picked].mean() <= 0:
-        # who loses to mixing at random does not stand against one that gains by more than the error
-        for kind in SIMPLER_FIRST[2:]:
-            gain = judged[kind]
-            if gain.mean() > max(gain.std(), judged[picked].mean()):
-                picked = kind
-    loss = -judged[picked]
-    fallen = loss.mean() > ERRORS * loss.std() if picked == "routing" else loss.mean() >= 0
-    return "single" if fallen else picked
-
-
 def _judged(rule: Rule, board: Board, quality: Floats, *, timed: bool) -> Vertex:
     played = play(rule, board)
     return Vertex(
@@ -387,10 +312,3 @@ def _judged(rule: Rule, board: Board, quality: Floats, *, timed: bool) -> Vertex
         quality=float(played.quality(quality).mean()),
         p95_seconds=float(np.quantile(played.seconds, 0.95)) if timed else None,
     )
-
-
-def _why(picked: str, gains: Mapping[str, float]) -> str:
-    told = ", ".join(f"{kind} {gain:+.4f}" for kind, gain in gains.items() if kind != "single")
-    if picked == "single":
-        return f"no kind gains over the best random mix of single models in validation: {told}"
-    return f"{picked}: no simpler kind does as well, by more than chance, in gain over mixing single models: {told}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from agora.routing.cascade.boosting import LEAST_ROWS, Trees
 from agora.routing.cascade.evidence import Evidence
 from agora.routing.cascade.linear import Scaling, logistic, ridge
 from agora.routing.cascade.stacking import Stack
@@ -23,10 +24,12 @@ TEXT_TRUST: Final = 0.3
 """Of a text's own features beside what priors say; see `Scaling.of`. Not tuned."""
 
 LOG_COST: Final = 5.0
-"""Largest distance from a model's mean cost that is expected or learned from, as a log: a factor of 150."""
+"""Largest distance from a model's mean cost that is expected or learned from, as a log: a factor of 150, beyond which
+lies an answer that ran into its limit of tokens, or a mistake of the record."""
 
 SURE: Final = 0.01
-"""Nothing is believed to be likelier or less likely than this before anybody was asked; a sum may leave [0, 1]."""
+"""Nothing is believed to be likelier or less likely than this before anybody was asked; a sum may leave [0, 1], and no
+question alone tells its answer's rightness as surely. Not tuned."""
 
 MOST: Final = 6.0
 """Largest log odds that are believed of one answer: 400 to 1, beyond what a thousand questions can show."""
@@ -57,6 +60,7 @@ class Reader:
 
     Attributes:
         before: Of what the priors say.
+        trees: Of what that gets wrong, by it and by the text's features; none where there are few questions.
         scaling: Of a question's features.
         cost: Weights for the log of its share of each model's mean, shape (d + 1, m).
         seconds: Weights, shape (d + 1, m).
@@ -66,6 +70,7 @@ class Reader:
     """
 
     before: Stack
+    trees: Trees
     scaling: Scaling
     cost: Floats
     seconds: Floats
@@ -81,7 +86,11 @@ class Reader:
         scaling = Scaling.of(evidence.before, _trust(evidence))
         scaled = scaling(evidence.before)
         stack = Stack.fit(evidence.said, quality)
-        before = _log_odds(stack(evidence.said))
+        told = stack(evidence.said)
+        trees = Trees.none(m)
+        if len(evidence) >= LEAST_ROWS:
+            trees = Trees.fit(_with_told(evidence, told), quality - told)
+        before = _log_odds(told + trees(_with_told(evidence, told)))
         own_scaling, own = [], []
         for j in range(m):
             features = _with_answer(evidence, before, j)
@@ -89,6 +98,7 @@ class Reader:
             own.append(logistic(own_scaling[-1](features), quality[:, [j]], penalty=PENALTY))
         return cls(
             before=stack,
+            trees=trees,
             scaling=scaling,
             cost=_log_cost(scaled, evidence.cost / mean),
             seconds=ridge(scaled, evidence.seconds, penalty=PENALTY),
@@ -100,7 +110,8 @@ class Reader:
     def read(self, evidence: Evidence, asked: Sequence[int]) -> Reading:
         """Reads questions and the answers of those asked; `alone` is 0 for others, whose answers are not looked at."""
         scaled = self.scaling(evidence.before)
-        before = _log_odds(self.before(evidence.said))
+        told = self.before(evidence.said)
+        before = _log_odds(told + self.trees(_with_told(evidence, told)))
         alone = np.zeros((len(evidence), len(self.own)))
         for j in asked:
             scores = self.own_scaling[j](_with_answer(evidence, before, j)) @ self.own[j]
@@ -113,10 +124,11 @@ class Reader:
             usual=self.usual,
         )
 
-    def arrays(self) -> dict[str, Floats]:
+    def arrays(self) -> dict[str, NDArray[Any]]:
         """What it consists of, by name."""
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             **self.before.arrays(),
+            **self.trees.arrays(),
             "cost": self.cost,
             "seconds": self.seconds,
             "usual": self.usual,
@@ -127,11 +139,12 @@ class Reader:
         return arrays
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Floats]) -> Reader:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Reader:
         """The inverse of `arrays`."""
         models = range(len(arrays["usual"]))
         return cls(
             before=Stack.from_arrays(arrays),
+            trees=Trees.from_arrays(arrays),
             scaling=Scaling.from_arrays(arrays),
             cost=arrays["cost"],
             seconds=arrays["seconds"],
@@ -185,6 +198,13 @@ def _trust(evidence: Evidence) -> Floats:
 
 def _own_trust(evidence: Evidence) -> Floats:
     return np.concatenate([np.ones(1), np.full(evidence.texts, TEXT_TRUST), np.ones(evidence.own.shape[2])])
+
+
+def _with_told(evidence: Evidence, told: Floats) -> Floats:
+    """What trees look at: what the priors say together, its mean over the models, and the text's features."""
+    texts = evidence.before[:, evidence.before.shape[1] - evidence.texts :]
+    mean = told.mean(axis=1, keepdims=True)
+    return np.column_stack([mean, told - mean, texts])
 
 
 def _with_answer(evidence: Evidence, before: Floats, model: int) -> Floats:

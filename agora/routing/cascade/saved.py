@@ -30,7 +30,7 @@ FILE: Final = "policy.json"
 FORMAT: Final = "agora.cascade"
 """Marks the file as one of these."""
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the format. Raised when what older readers would make of it is wrong."""
 
 MAX_JSON: Final = 4 * 2**20

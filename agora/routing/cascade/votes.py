@@ -109,13 +109,15 @@ def stand(evidence: Evidence, reading: Reading, asked: Sequence[int], mean_cost:
 
 
 BEFORE_TRUST: Final = 0.5
-"""Of what the question alone says, beside the vote; see `Scaling.of`."""
+"""Of what the question alone says, beside the vote; see `Scaling.of`. By half: the vote holds it already, through how
+often each model is right on such questions. Not tuned."""
 
 ALONE_TRUST: Final = 0.5
-"""Of what each answer alone says, which is in the vote."""
+"""Of what each answer alone says, which is in the vote: by half, for the same reason. Not tuned."""
 
 BACKING_TRUST: Final = 0.5
-"""Of who backs the best answer, which is in the vote."""
+"""Of who backs the best answer, which is in the vote: by half, for the same reason. Not tuned."""
 
 COST_TRUST: Final = 0.3
-"""Of how much dearer, so longer, each answer was than is usual."""
+"""Of how much dearer, so longer, each answer was than is usual: it is not in the vote, but one model's long answers are
+as another's short ones. The same as of a text's own features (`TEXT_TRUST`). Not tuned."""

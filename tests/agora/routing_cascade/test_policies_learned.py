@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agora.errors import InvalidRequest, NoExpert
-from agora.routing.cascade.fit import Kinds, _pick, fit
+from agora.routing.cascade.fit import Kinds, fit
 from agora.routing.cascade.fitted import LearnedPolicy, MixedPolicy, drawn
 from agora.routing.cascade.outcomes import Outcomes
+from agora.routing.cascade.picking import pick
 from agora.routing.cascade.policy import Ask, Policy, Query, Seen, Take
 from agora.routing.cascade.replay import play
 from agora.routing.cascade.rules import RULES
@@ -183,14 +184,14 @@ def test_single_models_are_mixed_where_every_kind_loses() -> None:
     halves = np.linspace(-0.001, 0.001, 12)
     judged = {"single": 0 * halves, "routing": halves - 0.02, "cascade": halves - 0.03}
     judged |= {"cascade_routing": halves - 0.03, "stopping": halves - 0.03}
-    assert _pick(judged) == "single"
-    assert _pick(judged | {"routing": halves}) == "routing"
-    assert _pick(judged | {"stopping": halves + 0.01}) == "stopping"
+    assert pick(judged) == "single"
+    assert pick(judged | {"routing": halves}) == "routing"
+    assert pick(judged | {"stopping": halves + 0.01}) == "stopping"
     wide = 30 * halves
     chance = {"routing": halves + 0.001, "stopping": wide + 0.01}
-    assert _pick(judged | chance) == "routing", "by chance it may be no better"
+    assert pick(judged | chance) == "routing", "by chance it may be no better"
     loses = {"routing": wide - 0.001, "cascade": 4 * halves + 0.005}
-    assert _pick(judged | loses) == "cascade", "routing loses to mixing, this gains"
+    assert pick(judged | loses) == "cascade", "routing loses to mixing, this gains"
 
 
 def test_the_same_seed_gives_the_same_policies(train: Outcomes) -> None:
