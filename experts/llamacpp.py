@@ -107,9 +107,11 @@ class LlamaCppBackend(LocalBackend):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Everything but adapters; chat if the file has a template, scores unless the model is recurrent."""
+        """Everything but adapters; chat, and going on with one, if the file has a template; scores unless the model is
+        recurrent."""
         return Capabilities(
             chat=self._facts.codec.chat,
+            continues=self._facts.codec.chat,
             completion=True,
             score=self._words.score,
             logprobs=True,

@@ -151,9 +151,10 @@ class LocalBackend:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Everything but JSON schemas; chat if the tokenizer has a template."""
+        """Everything but JSON schemas; chat, and going on with one, if the tokenizer has a template."""
         return Capabilities(
             chat=self._facts.codec.chat,
+            continues=self._facts.codec.chat,
             completion=True,
             score=True,
             logprobs=True,
@@ -328,7 +329,7 @@ class LocalBackend:
     def _generation(
         self, request: GenerateRequest, work: Work, *, streaming: bool, urgent: bool = False
     ) -> GenerateJob:
-        prompt = self._facts.codec.encode(request.messages, request.prompt)
+        prompt = self._facts.codec.encode(request.messages, request.prompt, goes_on=request.goes_on)
         room = self._room(len(prompt), 1)
         return GenerateJob(
             name=self._name,

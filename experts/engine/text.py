@@ -56,15 +56,26 @@ class Codec:
             raise InvalidRequest(f"the model's chat template refuses these messages: {e}") from None
         return text
 
-    def encode(self, messages: Sequence[Message], prompt: str | None) -> list[int]:
+    def encode(self, messages: Sequence[Message], prompt: str | None, *, goes_on: bool = False) -> list[int]:
         """Tokens of a chat or a raw prompt.
 
         A raw prompt gets the special tokens its tokenizer adds (a start token, for some); a chat template writes
         its own.
 
+        Args:
+            messages: The chat.
+            prompt: The raw prompt; None for a chat.
+            goes_on: Whether the last message is the beginning of the answer. It stands as it is where the assistant's
+                answer starts: the very place at which the model wrote it, which a template's own way of going on
+                (transformers' `continue_final_message`) need not be, say where a prompt to think is written before.
+
         Raises:
             InvalidRequest: If there is nothing to read, or the template refuses the messages.
         """
+        if prompt is None and goes_on:
+            text, said = self.render(messages[:-1]), messages[-1].content
+            head = self._checked(self._ids(text))
+            return self._checked([*head, *self._tail(head, text, said)])
         if prompt is None:
             return self._checked(self._ids(self.render(messages)))
         return self._checked(self._ids(prompt, special=True))
@@ -94,8 +105,7 @@ class Codec:
         head = self._checked(self._ids(text, special=prompt is not None))
         tails = []
         for c in continuations:
-            whole = self._ids(text + c, special=prompt is not None)
-            tail = whole[len(head) :] if whole[: len(head)] == head else self._ids(c)
+            tail = self._tail(head, text, c, special=prompt is not None)
             if not tail:
                 raise InvalidRequest(f"continuation {c!r} comes to no tokens", hint="leave it out")
             tails.append(self._checked(tail))
@@ -120,6 +130,11 @@ class Codec:
             name = both[len(anchor) :]
             self._names[token] = name
         return name
+
+    def _tail(self, head: Sequence[int], text: str, more: str, *, special: bool = False) -> list[int]:
+        """Tokens of a text after another one, whose own tokens stay as they are."""
+        whole = self._ids(text + more, special=special)
+        return whole[len(head) :] if whole[: len(head)] == head else self._ids(more)
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]

