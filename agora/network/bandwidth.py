@@ -8,17 +8,19 @@ from typing import Final
 from agora.network.ewma import Age, fading
 
 MIN_WEIGHT_S: Final = 0.25
-"""Least seconds that a transfer counts for: else a quick one would say next to nothing against a slow one before it."""
+"""Least seconds that a transfer counts for: else a quick one would say next to nothing against a slow one before it. As
+long as a short job's transfer over 4G takes, a megabyte at 32 Mbit/s; it was tried with `MAX_WEIGHT_S`."""
 
 MAX_WEIGHT_S: Final = 0.5
 """Most seconds that a transfer counts for: else one long stall would outweigh all that comes after it. On recorded 4G
 and 5G a bound of twice the least one had the fewest late jobs."""
 
 STALLED_MBPS: Final = 0.1
-"""What a way counts as on which a transfer moved nothing: too slow for anything but text."""
+"""What a way counts as on which a transfer moved nothing: too slow for anything but text. Of logs a mean is taken,
+which a zero would hold down for ever; one so low is outweighed by a few good transfers."""
 
 FASTEST_MBPS: Final = 1e9
-"""What a transfer counts as that took no time: a petabit per second."""
+"""What a transfer counts as that took no time: a petabit per second, beyond any link, and far from where logs end."""
 
 
 class Bandwidth:

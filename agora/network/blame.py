@@ -12,6 +12,7 @@ from agora.errors import (
     BadReply,
     DeadlineExceeded,
     LoopDetected,
+    OutOfReach,
     Overloaded,
     Rejected,
     Unavailable,
@@ -38,7 +39,8 @@ def blame_of(error: Exception) -> Blame:
     """Whose fault an error is. What is no error of agora's comes from a broken backend, and is the path's."""
     if isinstance(error, Unavailable | BackendTimeout | BadReply):
         return Blame.PATH
-    if isinstance(error, Overloaded | AdapterError | LoopDetected):
+    # Out of reach is what lies behind one path; another one may lead to a machine that may see it.
+    if isinstance(error, Overloaded | AdapterError | LoopDetected | OutOfReach):
         return Blame.NOBODY
     if isinstance(error, Rejected):
         return Blame.NOBODY if error.status in OF_THE_PATH else Blame.REQUEST
@@ -49,4 +51,4 @@ def blame_of(error: Exception) -> Blame:
 
 def read_nothing(error: Exception | None) -> bool:
     """Whether no part of the prompt was read, so that nothing was used."""
-    return isinstance(error, Unavailable | Overloaded | Rejected | AdapterError | LoopDetected)
+    return isinstance(error, Unavailable | Overloaded | Rejected | AdapterError | LoopDetected | OutOfReach)

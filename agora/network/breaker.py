@@ -23,7 +23,8 @@ the next time goes on growing where the last one ended. Four lets one that flaps
 after six of its turns, and forgives one that has worked for a few minutes."""
 
 MAX_WHY_CHARS: Final = 300
-"""Characters kept of what went wrong: a sentence with a host and the words of the operating system."""
+"""Characters kept of what went wrong: a sentence with a host and the words of the operating system. More of it may be a
+server's whole page, and it is repeated in every error while the breaker is open."""
 
 
 class BreakerState(StrEnum):
@@ -40,9 +41,10 @@ class BreakerRules:
 
     Attributes:
         consecutive: Failures in a row that open it. Two may be a lost connection and its like; the third is no chance.
-        window: Requests that the failure rate is taken over.
+        window: Requests that the failure rate is taken over: the last ones, soon enough replaced once it works again.
         rate: Failure rate that opens it: asking somebody else at once is quicker from there on.
-        least: Requests in the window below which there is no rate.
+        least: Requests in the window below which there is no rate: of fewer, half may fail by chance on a path that
+            loses a fifth.
         first_open_s: Seconds that it stays open at first: some round trips of a mobile network, one hand-over.
         growth: By what that time is multiplied each time a probe fails.
         longest_open_s: Longest time that it stays open. A probe costs one token; a path that is back is not left out

@@ -13,10 +13,12 @@ from agora.network.memory import Memory, Parts, PathMemory, ServerMemory
 from agora.network.path import Path
 
 AVAILABILITY: Final = 0.95
-"""Availability of a link of which nothing is known: low enough that a few failures are believed."""
+"""Availability of a link of which nothing is known: low enough that a few failures are believed. What a deadline is
+asked to be met with by default (`on_time`), so that a new path is neither ruled out nor preferred for it."""
 
 PROVEN: Final = 10.0
-"""Entries from which on a learned quantile of the time to the first token is told."""
+"""Entries from which on a learned quantile of the time to the first token is told. With ten the 95th percentile is
+about the largest seen; with fewer it is the prior's, and no request should be called late by that."""
 
 MAX_KEPT: Final = 10_000
 """Ways, and servers, that are remembered; the oldest make room. Machines come and go for as long as a gateway runs."""

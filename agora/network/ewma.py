@@ -13,10 +13,12 @@ BINS_PER_E: Final = 12
 """Bins of a histogram per factor e: 8 % wide each, finer than a latency can be predicted."""
 
 LOWEST: Final = -7.0
-"""ln of the histogram's lower end: below e⁻⁷ ≈ 0.001 everything is one bin."""
+"""ln of the histogram's lower end: below e⁻⁷ ≈ 0.001 everything is one bin. What is kept are times over those expected,
+and one a thousand times quicker than expected says that the expectation is wrong, whatever it is."""
 
 HIGHEST: Final = 9.0
-"""ln of its upper end: above e⁹ ≈ 8100 everything is one bin."""
+"""ln of its upper end: above e⁹ ≈ 8100 everything is one bin: a millisecond expected and eight seconds taken. Which
+of them it was matters to nobody any more."""
 
 KEEP: Final = 0.995
 """Weight that each new entry leaves to the older ones of a histogram: it holds some 200 entries, ten of them above its

@@ -19,7 +19,8 @@ SHARE: Final = 0.05
 
 CORRELATED: Final = 0.5
 """Share of late ones among the requests on other paths from which on everything is taken to be slow. It is 0.05 when
-nothing is wrong, and near 1 when something is wrong everywhere."""
+nothing is wrong, and near 1 when something is wrong everywhere: half lies far from both, so its exact place hardly
+matters."""
 
 ALIKE: Final = 4.0
 """A request that is so many times as late as others is not slow for their reason: when everything slows down the paths
@@ -89,13 +90,20 @@ class Hedging:
         """Seconds until a copy is late, not above 0 if it is; None if that is not known."""
         return None if sent.late_after_s is None else sent.at + sent.late_after_s - self._clock()
 
-    def correlated(self, sent: Sent) -> bool:
+    def correlated(self, sent: Sent, *, leaving: bool = False) -> bool:
         """Whether other paths are as slow as that of a late copy.
 
         Judged by what happened on the other paths since the copy was sent: first tokens that came, in time or late
         (each by the percentile of its own path when it was sent), and requests still without one that are late by now.
         Late is who is late alike: a quarter (`ALIKE`) as many times over the percentile as the copy in question, or
         more. Requests that are not that late yet say nothing, and where nothing can be said the answer is no.
+
+        Args:
+            sent: The late copy.
+            leaving: Whether it is about to be given up for another path, rather than joined by a second copy. Then a
+                request that waits on another path is late by the percentile of the copy in question too, where that is
+                the shorter: a path that had slow times before is within its own percentile in the next one, and
+                whoever goes there waits all the same.
         """
         if sent.late_after_s is None:
             return False
@@ -110,7 +118,8 @@ class Hedging:
                 in_time += first.times <= alike
         for other in self._open:
             if other.path != sent.path and other.late_after_s is not None:
-                late += _times(other, now) > alike
+                usual = min(other.late_after_s, sent.late_after_s) if leaving else other.late_after_s
+                late += (now - other.at) / max(usual, 1e-9) > alike
         return late > 0 and late >= CORRELATED * (late + in_time)
 
 

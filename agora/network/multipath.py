@@ -17,16 +17,14 @@ from contextlib import aclosing
 from dataclasses import fields, replace
 from typing import Final
 
-from agora.errors import AgoraError, BackendError, BackendTimeout, Unavailable, Unsupported
+from agora.errors import Unsupported
+from agora.network.answering import Answering
 from agora.network.blame import Blame, blame_of
 from agora.network.breaker import BreakerRules
 from agora.network.choice import Chooser
 from agora.network.course import Course
 from agora.network.estimates import Estimates
 from agora.network.hedge import SHARE, Hedging
-from agora.network.race import Flight, Race, failed, seen
-from agora.network.rest import Rest
-from agora.network.resume import Emitted
 from agora.network.topology import Topology
 from agora.network.ways import NoWay, PathState, Way, Ways
 from agora.protocols import (
@@ -39,11 +37,6 @@ from agora.protocols import (
     ScoreRequest,
     Scores,
 )
-from agora.types import Usage
-
-GAP_S: Final = 20.0
-"""Seconds a further token is waited for while another path can go on: a server that puts a request aside for others
-(vLLM's preemption) takes it up again within seconds."""
 
 TYPICAL_WEIGHT: Final = 0.1
 """Weight of the newest answer in the mean number of tokens: that of the last twenty, or so."""
@@ -268,135 +261,21 @@ class MultipathBackend:
         except NoWay as e:
             raise course.failure(str(e)) from None
 
-    async def _chunks(self, course: Course, kept: list[Chunk] | None) -> AsyncGenerator[Chunk, None]:
-        """The chunks of an answer, from however many copies.
+    def _chunks(self, course: Course, kept: list[Chunk] | None) -> AsyncGenerator[Chunk, None]:
+        answering = Answering(
+            self._ways,
+            self._hedging,
+            course,
+            owner=self._name,
+            hedge=self._hedge,
+            closed=lambda: self._closed,
+            came=self._came,
+        )
+        return answering.chunks(kept)
 
-        Args:
-            course: The request.
-            kept: Where chunks are kept for an answer that is shown whole; what one copy left unfinished may then be
-                thrown away. None for a stream, whose reader has seen it.
-        """
-        emitted = Emitted()
-        while True:
-            rest = Rest(course.request, emitted)
-            if emitted and rest.ended:
-                last = self._last(course, Chunk(finish_reason="length", usage=Usage()), path="")
-                if kept is not None:
-                    kept.append(last)
-                yield last
-                return
-            flight = await self._first(course, rest)
-            pass_on = rest.joined(flight.way)
-            try:
-                async with aclosing(self._of(course, flight)) as chunks:
-                    async for chunk in chunks:
-                        new = pass_on(chunk)
-                        if new.finish_reason is not None:
-                            new = self._last(course, new, path=flight.way.name)
-                        elif not new.text and not new.logprobs:
-                            continue
-                        emitted.add(new)
-                        if kept is not None:
-                            kept.append(new)
-                        yield new
-                return
-            except _Broke as broke:
-                if self._closed or not emitted:
-                    continue
-                if kept is not None and not self._goes_on(course, emitted):
-                    # Nobody has seen it: the whole is asked for again.
-                    kept.clear()
-                    emitted = Emitted()
-                    continue
-                if not self._goes_on(course, emitted):
-                    raise self._cut(broke.error, emitted) from None
-                course.notes.append(f"path {flight.way.name} broke off after {len(emitted.text)} characters")
-
-    async def _first(self, course: Course, rest: Rest) -> Flight:
-        """The copy that begins first."""
-        if self._closed:
-            raise Unavailable("the backend was closed", backend=self._name)
-        race = Race(self._ways, self._hedging, course, make=rest.make, fits=rest.fits, hedge=self._hedge)
-        try:
-            return await race.first()
-        except NoWay as e:
-            if self._closed:
-                raise Unavailable("the backend was closed", backend=self._name) from None
-            error = course.failure(str(e))
-            raise self._cut(error, rest.emitted) if rest.emitted else error from None
-
-    async def _of(self, course: Course, flight: Flight) -> AsyncGenerator[Chunk, None]:
-        """The chunks of one copy that has begun, and what it teaches.
-
-        Raises:
-            _Broke: If it breaks off through no fault of the request.
-            AgoraError: If it is the request's.
-        """
-        copy, over = flight.copy, False
-        try:
-            while True:
-                patient = not any(w is not flight.way for w in self._ways.usable(course.tried))
-                chunk = await copy.next(None if patient else GAP_S)
-                if chunk is None:
-                    return
-                if chunk.finish_reason is not None:
-                    over = True
-                    usage = chunk.usage or Usage()
-                    self._came(course, flight, usage)
-                    chunk = replace(chunk, usage=replace(usage, cost=usage.cost + course.fare(flight.way, copy)))
-                yield chunk
-        except AgoraError as e:
-            over = True
-            self._failed(course, flight, e)
-            raise _Broke(e) from None
-        except (_Broke, asyncio.CancelledError, GeneratorExit):
-            raise
-        except Exception as e:
-            over = True
-            self._failed(course, flight, e)
-            raise _Broke(BackendError(f"{type(e).__name__}: {e}", backend=flight.way.backend.name)) from e
-        finally:
-            age = copy.age_s
-            await copy.stop()
-            if not over:
-                self._ways.ended(flight.way, seen(course, flight, ok=False, cancelled=True, total_s=age))
-
-    def _failed(self, course: Course, flight: Flight, error: Exception) -> None:
-        late = isinstance(error, BackendTimeout) and loop_time() >= course.until
-        if late or blame_of(error) is Blame.REQUEST:
-            # It was answering: a short time says nothing against the path.
-            self._ways.ended(flight.way, None)
-            raise course.late() if late else error
-        failed(self._ways, course, flight, error)
-
-    def _came(self, course: Course, flight: Flight, usage: Usage) -> None:
-        """An answer came to its end."""
-        tokens = usage.completion_tokens
+    def _came(self, tokens: int) -> None:
+        """An answer of so many tokens came to its end."""
         self._typical = tokens if self._typical is None else self._typical + TYPICAL_WEIGHT * (tokens - self._typical)
-        self._ways.ended(
-            flight.way, seen(course, flight, ok=True, cancelled=False, total_s=flight.copy.age_s, usage=usage)
-        )
-
-    def _last(self, course: Course, chunk: Chunk, *, path: str) -> Chunk:
-        """The last chunk, with what all copies used, and how the answer came."""
-        usage = (chunk.usage or Usage()) + course.lost
-        notes = (*self._ways.unusable(course.tried), *course.notes, *chunk.notes)
-        if course.copies > 1 and not course.tried and not course.notes:
-            notes = ("its first token was late: it was asked for on two paths", *notes)
-        return replace(chunk, usage=usage, path=path or ",".join(course.tried), notes=notes)
-
-    def _goes_on(self, course: Course, emitted: Emitted) -> bool:
-        """Whether some way that is left could go on with what was emitted."""
-        rest = Rest(course.request, emitted)
-        return any(rest.fits(w) for w in self._ways.usable(course.tried))
-
-    def _cut(self, error: Exception, emitted: Emitted) -> Unavailable:
-        said = error.message if isinstance(error, AgoraError) else str(error)
-        return Unavailable(
-            f"the stream broke off after {len(emitted.text):,} characters, and no other path can go on with it: {said}",
-            backend=self._name,
-            hint="ask again; what came so far is not the whole answer",
-        )
 
     def _model(self, path: str) -> str:
         way = next((w for w in self._ways.all if w.name == path), None)
@@ -404,14 +283,6 @@ class MultipathBackend:
             return self._name
         model = getattr(way.backend, "model", None)
         return model if isinstance(model, str) else way.backend.name
-
-
-class _Broke(Exception):
-    """A copy that had begun broke off."""
-
-    def __init__(self, error: AgoraError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 def loop_time() -> float:

@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from agora.errors import BackendTimeout
 from agora.network.blame import Blame, blame_of
@@ -35,7 +35,8 @@ DEADLINE_SHARE: Final = 0.5
 others: one more can then be asked in time."""
 
 AGAIN: Final = 0.5
-"""Part of its 95th percentile after which a request that was not hedged, since all were late, is looked at again."""
+"""Part of its 95th percentile after which a request that was not hedged, since all were late, is looked at again: a
+slow-down that ended is noticed by first tokens, which come within such a time."""
 
 
 @dataclass(eq=False, slots=True)
@@ -81,7 +82,7 @@ class Race:
             BackendTimeout: If the time is up.
             AgoraError: If the request itself cannot be served.
         """
-        token: asyncio.Task[None] | None = None
+        token: asyncio.Task[int] | None = None
         hedge_at = math.inf
         try:
             while True:
@@ -100,7 +101,7 @@ class Race:
                 if not self._flights:
                     continue
                 if token is not None and token.done():
-                    self._second()
+                    self._second(token.result())
                     token, self._hedge = None, False
                 elif self._hedge and token is None and self._clock() >= hedge_at:
                     first = self._flights[0]
@@ -140,12 +141,12 @@ class Race:
         late = self._hedging.late_in_s(flight.sent)
         return math.inf if late is None else self._clock() + late
 
-    async def _wait(self, hedge_at: float, token: asyncio.Task[None] | None) -> None:
+    async def _wait(self, hedge_at: float, token: asyncio.Task[int] | None) -> None:
         """Until a copy has begun or failed, or something is to be done about those that have not."""
         now = self._clock()
         patience = min(f.patience_until for f in self._flights)
         until = min(patience, hedge_at, self._course.until)
-        waited: list[asyncio.Future[None]] = [f.copy.ready for f in self._flights]
+        waited: list[asyncio.Future[Any]] = [f.copy.ready for f in self._flights]
         if token is not None:
             waited.append(token)
         if all(not w.done() for w in waited):
@@ -173,7 +174,7 @@ class Race:
 
     async def _lose_patience(self) -> None:
         for flight in [f for f in self._flights if f.patience_until <= self._clock()]:
-            if self._hedging.correlated(flight.sent) or not (self._others() or len(self._flights) > 1):
+            if self._hedging.correlated(flight.sent, leaving=True) or not (self._others() or len(self._flights) > 1):
                 # Everything is slow, or there is nobody else: it is waited on.
                 flight.patience_until = self._clock() + LEAST_PATIENCE_S
                 continue
@@ -186,14 +187,14 @@ class Race:
             )
             failed(self._ways, self._course, flight, BackendTimeout(waited + usual, backend=flight.way.backend.name))
 
-    def _second(self) -> None:
+    def _second(self, place: int) -> None:
         """The second copy; its place in the bucket is paid."""
         way = None
         if not self._hedging.correlated(self._flights[0].sent):
             taken = {*self._course.tried, *(f.way.name for f in self._flights)}
             way = self._ways.other(self._course.job, without=taken, fits=self._fits)
         if way is None:
-            self._hedging.bucket.give_back()
+            self._hedging.bucket.give_back(place)
         else:
             self._send(way)
 
@@ -222,11 +223,11 @@ class Race:
                 self._ways.failed(flight.way, why)
         return self._course.late()
 
-    async def _give_back(self, token: asyncio.Task[None]) -> None:
+    async def _give_back(self, token: asyncio.Task[int]) -> None:
         if token.cancel():
             await asyncio.wait([token])
         if not token.cancelled():
-            self._hedging.bucket.give_back()
+            self._hedging.bucket.give_back(token.result())
 
 
 def failed(ways: Ways, course: Course, flight: Flight, error: Exception) -> None:

@@ -1,9 +1,10 @@
 """Streams that break in the middle: going on somewhere else without a word too many or too few.
 
 What was emitted is replayed to another backend, in one of two ways. A backend that can go on with a text that somebody
-began is given it (`continued`): a raw prompt always, a chat where the backend claims `continues`. Any other is asked
-the whole request again, and what was emitted is skipped as long as it says the same (`Skipper`), which a greedy answer
-of the same model does. Where neither is possible, or the second answer differs, the stream ends with an error.
+began is given it (`continued`): a raw prompt always, a chat where the backend claims `continues`, as vLLM's servers and
+the models of this process do. Any other is asked the whole request again, and what was emitted is skipped as long as it
+says the same (`Skipper`), which a greedy answer of the same model does. Where neither is possible, or the second answer
+differs, the stream ends with an error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Readers of recorded traces: gzipped tables of several public data sets, by the names of their columns."""
+"""Readers of recorded traces: tables of several public data sets, by the names of their columns, and a link's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ MAX_ROWS: Final = 5_000_000
 """Rows of one file that are read at most: 30 times the largest of these data sets."""
 
 MAX_LINE: Final = 100_000
-"""Characters that a line of a file may have."""
+"""Characters that a line of a file may have: a thousand times those of these data sets. What has no line breaks is no
+table, and must not be read into memory to find that out."""
 
 PACKET_MEGABITS: Final = 1500 * 8 / 1e6
 """Megabits in one delivery opportunity of a mahimahi trace (1500 bytes)."""
@@ -160,6 +161,31 @@ def read_speedtests(file: FilePath) -> tuple[SpeedTest, ...]:
     return tuple(found)
 
 
+def read_trace(file: FilePath) -> tuple[Trace | None, Trace | None]:
+    """One trace of one link: columns t_s and down_mbps, up_mbps or both, or mbps for both ways alike.
+
+    Returns:
+        What came down and what went up; None for a way that the file has no column for.
+
+    Raises:
+        InvalidRequest: If the file is missing, damaged, has other columns, or its times do not rise.
+    """
+    rows = list(_rows(file, ("t_s",)))
+    columns = rows[0].keys() if rows else ()
+    ways = [next((c for c in (f"{way}_mbps", "mbps") if c in columns), None) for way in ("down", "up")]
+    wanted = tuple(dict.fromkeys(w for w in ways if w is not None))
+    if not wanted:
+        seen = ", ".join(columns) if rows else "no rows"
+        raise InvalidRequest(
+            f"{file} holds no bandwidth: it has {seen}", hint="columns: t_s and down_mbps, up_mbps or both, or mbps"
+        )
+    numbers = [_numbers(file, line, row, ("t_s", *wanted)) for line, row in enumerate(rows, 2)]
+    times, *values = zip(*numbers, strict=True)
+    made = {c: Trace(times, mbps, name=f"{file}, {c}") for c, mbps in zip(wanted, values, strict=True)}
+    down, up = (None if w is None else made[w] for w in ways)
+    return down, up
+
+
 def median_rtt_s(tests: tuple[SpeedTest, ...], radio: str) -> float | None:
     """Median round-trip time of a radio type; None if there is no test of it."""
     of_it = [t.rtt_s for t in tests if t.radio == radio]
@@ -198,7 +224,7 @@ def _numbers(file: FilePath, line: int, row: Mapping[str, str], names: tuple[str
 
 def _rows(file: FilePath, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
     try:
-        with gzip.open(file, "rt", encoding="utf-8", newline="") as text:
+        with _text_of(file) as text:
             table = csv.DictReader(_bounded(text, file))
             if missing := [c for c in columns if c not in (table.fieldnames or ())]:
                 raise InvalidRequest(
@@ -209,6 +235,12 @@ def _rows(file: FilePath, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
         raise InvalidRequest(f"{file} is not there", hint="see that the data folder holds this data set") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as e:
         raise InvalidRequest(f"{file} cannot be read: {e}", hint="fetch the data set again") from None
+
+
+def _text_of(file: FilePath) -> TextIO:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8", newline="")
+    return file.open(encoding="utf-8", newline="")
 
 
 def _bounded(text: TextIO, file: FilePath) -> Iterator[str]:

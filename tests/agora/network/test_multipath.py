@@ -16,6 +16,7 @@ from agora.errors import (
     BadReply,
     InvalidRequest,
     LoopDetected,
+    OutOfReach,
     Overloaded,
     Rejected,
     Unavailable,
@@ -404,6 +405,17 @@ async def test_a_stream_cut_at_its_last_token_ends_by_its_length() -> None:
     text, last = await told(backend, ask(max_tokens=6))
     assert text == TEXT
     assert last.finish_reason in ("length", "stop")
+
+
+async def test_a_path_that_leads_too_far_up_for_a_request_is_left_for_another_and_keeps_its_good_name() -> None:
+    far, near = FakeBackend(OutOfReach("not there"), name="a"), FakeBackend(TEXT, name="b")
+    backend = over(far, near)
+    for _ in range(8):
+        assert (await told(backend, ask()))[0] == TEXT
+    assert far.requests
+    assert {s.breaker for s in backend.states()} == {"closed"}
+    with pytest.raises(OutOfReach, match="not there"):
+        await over(far).generate(ask())
 
 
 async def test_an_answer_that_differs_ends_the_stream_with_an_error() -> None:

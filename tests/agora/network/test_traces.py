@@ -1,5 +1,6 @@
 import gzip
 import math
+import re
 from pathlib import Path as FilePath
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import strategies as st
 
 from agora.errors import InvalidRequest
 from agora.network import trace_files
-from agora.network.mobility import Played, Player
+from agora.network.mobility import Played, PlayedTopology, Player
 from agora.network.path import Link, Technology
 from agora.network.topology import Topology
+from agora.network.trace_files import read_trace
 from agora.network.traces import Trace
 
 TRACE = Trace([10.0, 11.0, 13.0], [8.0, 0.0, 16.0], end_s=14.0)  # 1 MB/s, nothing for two seconds, 2 MB/s
@@ -213,6 +215,84 @@ async def test_a_player_changes_links_as_their_traces_say() -> None:
     assert clock.t == pytest.approx(104.5)
     assert clock.seen == [(100.0, 3, 8), (101.0, 3, 0), (103.0, 3, 16), (104.0, 3, 8)]
     assert topology.link("b") == links[1] and topology.link("a").rtt_s == 0.05
+
+
+LINK = Link(name="a", source="car", target="edge", technology=Technology.NR)
+
+
+@given(
+    elapsed=st.lists(st.floats(0, 50), min_size=1, max_size=20),
+    loop=st.booleans(),
+    speed=st.sampled_from([0.25, 1.0, 3.0]),
+)
+def test_a_played_topology_is_what_its_traces_say_whenever_it_is_looked_at(
+    elapsed: list[float], loop: bool, speed: float
+) -> None:
+    now = [1000.0]
+    topology = PlayedTopology(
+        [LINK], {"a": Played(down=TRACE, up=Trace([0.0, 1.5], [3.0, 4.0]), loop=loop, speed=speed)}, lambda: now[0]
+    )
+    version, kept = topology.version, topology.links
+    for t in sorted(elapsed):
+        now[0] = 1000.0 + t
+        # Looking at the version alone tells whether something is new.
+        assert (topology.links == kept) == (topology.version == version)
+        version, kept = topology.version, topology.links
+        played = (now[0] - 1000.0) * speed
+        over = not loop and played >= 4.0
+        assert kept[0].down_mbps == (16.0 if over else TRACE.at(10.0 + played))
+        if not loop and played >= 3.0:
+            assert kept[0].up_mbps == 4.0
+        assert topology.link("a") == kept[0]
+
+
+def test_a_trace_that_does_not_begin_again_stays_as_it_was_last() -> None:
+    once = Played(down=TRACE, loop=False, speed=2.0)
+    assert [once.values(t)["down_mbps"] for t in (0.0, 0.5, 1.49, 1.5, 1.99, 2.0, 100.0)] == [8, 0, 0, 16, 16, 16, 16]
+    assert once.next_change(0.0) == 0.5
+    assert once.next_change(2.0) == float("inf")
+    with pytest.raises(InvalidRequest, match="speed of a trace is 0"):
+        Played(down=TRACE, speed=0.0)
+    with pytest.raises(InvalidRequest, match="no link 'z'"):
+        PlayedTopology([LINK], {"z": once}, lambda: 0.0)
+
+
+@pytest.mark.parametrize(
+    ("table", "down", "up"),
+    [
+        ("t_s,mbps\n0,3\n1,4\n", (3, 4), (3, 4)),
+        ("t_s,down_mbps\n0,3\n1,4\n", (3, 4), None),
+        ("up_mbps,t_s,down_mbps,who\n1,0,3,x\n2,1,4,x\n", (3, 4), (1, 2)),
+        ("t_s,mbps,up_mbps\n0,3,1\n1,4,2\n", (3, 4), (1, 2)),
+    ],
+)
+def test_a_links_own_table(
+    tmp_path: FilePath, table: str, down: tuple[float, ...], up: tuple[float, ...] | None
+) -> None:
+    plain, packed = tmp_path / "t.csv", tmp_path / "t.csv.gz"
+    plain.write_text(table)
+    with gzip.open(packed, "wt") as file:
+        file.write(table)
+    for path in (plain, packed):
+        assert tuple(None if t is None else t.mbps for t in read_trace(path)) == (down, up)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("", "no column 't_s'"),
+        ("t_s,speed\n0,3\n", "holds no bandwidth: it has t_s, speed"),
+        ("t_s,mbps\n", "it has no rows"),
+        ("t_s,mbps\n0,fast\n", "row 2: t_s is '0', mbps is 'fast'; these must be numbers"),
+        ("t_s,mbps\n0,1\n0,2\n", "times must rise"),
+        ("t_s,mbps\n0,-1\n", "must be a number ≥ 0"),
+        ("t_s,mbps\n0,nan\n", "must be a number ≥ 0"),
+    ],
+)
+def test_a_table_that_cannot_be_played_says_why(tmp_path: FilePath, table: str, said: str) -> None:
+    (tmp_path / "t.csv").write_text(table)
+    with pytest.raises(InvalidRequest, match=re.escape(said)):
+        read_trace(tmp_path / "t.csv")
 
 
 async def test_a_link_that_is_gone_is_left_out_until_it_is_back() -> None:
