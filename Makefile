@@ -6,6 +6,7 @@ STAMP := $(VENV)/.stamp
 
 VLLM := .venv-vllm
 PEERS := .venv-peers
+FLOWER := .venv-flower
 
 .PHONY: demo test test-slow test-vllm vllm llamacpp peers lint types imports check clean
 
@@ -42,13 +43,19 @@ $(VLLM)/.stamp:
 llamacpp: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable ".[llamacpp]"
 
-# The systems agora is measured against, in an environment of their own.
-peers: $(PEERS)/.stamp
+# The systems agora is measured against, in environments of their own.
+peers: $(PEERS)/.stamp $(FLOWER)/.stamp
 $(PEERS)/.stamp: benchmarks/peers/requirements.txt
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(PEERS)/bin/python -m pip install --quiet --requirement benchmarks/peers/requirements.txt
 	touch $(PEERS)/.stamp
+
+$(FLOWER)/.stamp: benchmarks/peers/flower.txt
+	test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(FLOWER)/bin/python -m pip install --quiet --requirement benchmarks/peers/flower.txt
+	touch $(FLOWER)/.stamp
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -63,4 +70,4 @@ imports: $(STAMP)
 check: lint types imports test
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) $(PEERS) $(FLOWER) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist *.egg-info
