@@ -1,0 +1,1 @@
+"""Parts of the simulator: its clock, its record and its checkpoints."""
