@@ -155,6 +155,18 @@ class Square:
         self._version += 1
         return expert
 
+    def recard(self, card: ExpertCard) -> None:
+        """An expert describes itself anew; it keeps its place, and what it is answering goes on.
+
+        Raises:
+            InvalidRequest: If nobody of that name is here.
+        """
+        expert = self.get(card.name)
+        if expert is None:
+            raise InvalidRequest(f"no expert named {card.name!r} is here; here: {', '.join(self._experts) or 'nobody'}")
+        self._experts[card.name] = replace(expert, card=card)
+        self._version += 1
+
     def get(self, name: str) -> Expert | None:
         """The expert of that name, if it is here."""
         return self._experts.get(name)

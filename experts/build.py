@@ -7,13 +7,14 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 from agora.config import Config, OpenAINode, VllmNode
 from agora.errors import ConfigError
 from agora.protocols import Backend
 from agora.square import Expert, Square
-from agora.types import AdapterRef, ExpertCard, Modality, Tier
+from agora.types import AdapterRef, ExpertCard, Modality, Tier, highest
 from experts.models import ModelStore
 from experts.nodes import OnPull, Opening
 from experts.paths import open_backends
@@ -95,18 +96,41 @@ def expert_cards(config: Config) -> tuple[ExpertCard, ...]:
     return tuple(cards)
 
 
-def highest_tier(config: Config, name: str) -> Tier:
+def highest_tier(config: Config, name: str, told: Mapping[str, Tier] = MappingProxyType({})) -> Tier:
     """How far up a question to an expert may get: the highest tier of all machines that may answer it or pass it on.
 
-    Where a neighbour is among them, that is the cloud: whom it asks in turn is not known here.
+    Whom a neighbour asks in turn is not known here. But the label of the question goes with it, and the neighbour
+    keeps to that by its own configuration.
+
+    Args:
+        config: What `load_config` returned.
+        name: The expert's name.
+        told: Where neighbours stand as far as they told, by their names here. One whose tier is neither configured nor
+            told counts as the cloud.
     """
     e = config.experts[name]
     machines = {e.node, *e.also}
-    # A link from a neighbour is a way through it, wherever it leads from there.
-    passed = any(link.source in config.neighbours and link.target in machines for link in config.links.values())
-    if passed or machines & config.neighbours.keys():
-        return Tier.CLOUD
-    return max((config.nodes[m].tier for m in machines), key=lambda tier: tier.height)
+    # A link from a neighbour is a way through it, wherever the request comes to it from.
+    relays = [link for link in config.links.values() if link.source in config.neighbours]
+    while more := {link.source for link in relays if link.target in machines} - machines:
+        machines |= more
+    nodes = [config.nodes[m].tier for m in machines if m in config.nodes]
+    others = [config.neighbours[m].tier or told.get(m, Tier.CLOUD) for m in machines if m in config.neighbours]
+    return highest(*nodes, *others)
+
+
+def follow_tiers(config: Config, square: Square, told: Mapping[str, Tier]) -> None:
+    """Takes in where neighbours say that they stand: for the experts that may be asked over them.
+
+    Args:
+        config: What the square was opened with.
+        square: Who is here.
+        told: As for `highest_tier`.
+    """
+    for name in config.experts:
+        expert, tier = square.get(name), highest_tier(config, name, told)
+        if expert is not None and expert.card.tier is not tier:
+            square.recard(dataclasses.replace(expert.card, tier=tier))
 
 
 def system_prompt_of(config: Config, name: str) -> str | None:

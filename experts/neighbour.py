@@ -19,6 +19,7 @@ from agora.errors import (
     BackendTimeout,
     BadReply,
     DeadlineExceeded,
+    OutOfReach,
     Rejected,
     Unavailable,
 )
@@ -110,6 +111,7 @@ class NeighbourBackend(OpenAIBackend):
         line: What it shares with the neighbour's other experts.
         way: Ids of the machines that a request passes: the neighbour first, the one that answers last.
         engine: What generates there.
+        told_version: What the neighbour's card says stands for the version of the expert; empty if it says nothing.
         capabilities: What the neighbour's card says it can do.
         api_key: The key that the neighbour gave to this node.
         timeout_s: Most seconds for one request.
@@ -130,6 +132,7 @@ class NeighbourBackend(OpenAIBackend):
         line: Line,
         way: tuple[str, ...],
         engine: Engine | None = None,
+        told_version: str = "",
         capabilities: Capabilities | None = None,
         api_key: str | None = None,
         timeout_s: float = TIMEOUT_S,
@@ -150,6 +153,7 @@ class NeighbourBackend(OpenAIBackend):
         self._line = line
         self._way = way
         self._engine = engine or Engine()
+        self.told_version = told_version
         self._asked = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -246,6 +250,9 @@ class NeighbourBackend(OpenAIBackend):
                 # It was here a moment ago, for all that was known; somebody else may be asked instead.
                 self._line.on_unknown(self._model)
                 raise self._gone(f"{self.name}: the neighbour has no expert {self._model!r} (any more)") from None
+            if e.status == 400 and _code(e) == OutOfReach.code:
+                # It knows better than we how far up its expert is. What else can be asked may be nearer.
+                raise OutOfReach(f"{self.name}: {e.message}", hint="ask another expert") from None
             raise
         finally:
             self._count(-1)

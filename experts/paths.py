@@ -22,9 +22,11 @@ from agora.errors import BackendError, ConfigError, InvalidRequest, LoopDetected
 from agora.network.choice import Chooser
 from agora.network.estimates import Estimates
 from agora.network.jobs import ServerLoad
+from agora.network.mobility import Played, PlayedTopology
 from agora.network.multipath import MultipathBackend, loop_time
 from agora.network.path import Link, Path, Technology
 from agora.network.topology import Topology
+from agora.network.trace_files import read_trace
 from agora.network.ways import Way
 from agora.protocols import Backend, Capabilities, Chunk, Completion, GenerateRequest, ScoreRequest, Scores
 from experts.neighbour import RETRY, TIMEOUT_S, Line, NeighbourBackend
@@ -42,6 +44,10 @@ LOAD_EVERY_S: Final = 2.0
 
 LOAD_KEPT_S: Final = 10.0
 """Seconds after which what it told is out of date."""
+
+
+TRACE_HINT: Final = "columns: t_s, in seconds and rising, and down_mbps, up_mbps or both, or mbps for both ways alike"
+"""What a link's trace must look like."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +81,24 @@ def topology_of(config: Config) -> Topology:
         )
         for name, c in config.links.items()
     )
+
+
+def played_of(config: Config) -> dict[str, Played]:
+    """The traces that configured links follow, by the links' names. Reads files: not for the event loop.
+
+    Raises:
+        ConfigError: If a file cannot be played.
+    """
+    played = {}
+    for name, link in config.links.items():
+        if link.trace is None:
+            continue
+        try:
+            down, up = read_trace(link.trace)
+        except InvalidRequest as e:
+            raise ConfigError(f"{config.origin}: links.{name}.trace: {e.message}", hint=e.hint or TRACE_HINT) from None
+        played[name] = Played(down=down, up=up, loop=link.trace_loop, speed=link.trace_speed)
+    return played
 
 
 def routes_of(config: Config, expert: str, topology: Topology) -> tuple[Route, ...]:
@@ -129,6 +153,8 @@ async def open_backends(config: Config, opening: Opening) -> dict[str, Backend]:
         AgoraError: If a node cannot be opened; what was opened is closed again.
     """
     topology = topology_of(config)
+    if any(link.trace is not None for link in config.links.values()):
+        topology = PlayedTopology(topology.links, await asyncio.to_thread(played_of, config), loop_time)
     routes = {name: routes_of(config, name, topology) for name in config.experts}
     openers = _Openers(config, opening)
     keys = {name: tuple(openers.key(r, name) for r in many) for name, many in routes.items()}

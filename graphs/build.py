@@ -23,7 +23,7 @@ from agora.types import Budget, Tier
 from experts.embed import DEFAULT_MODEL, MiniLM
 from experts.models import ModelStore
 from experts.nodes import OnPull
-from graphs.departure import Condenser, Departure, Redactor
+from graphs.departure import Condenser, Departure, Extractor, Redactor, Shortener
 from graphs.horizontal import horizontal
 from graphs.multi_access import multi_access
 from graphs.named import Named
@@ -162,10 +162,17 @@ def _multi_access(config: Config, square: Square, shared: Shared) -> Graph:
     )
 
 
-def _departure(config: Config, square: Square) -> Departure | None:
-    """What is done to a text before it leaves the end tier; None if nothing is."""
+def departure_of(config: Config, square: Square) -> Departure | None:
+    """What is done to a text before it leaves the end tier; None if nothing is.
+
+    Raises:
+        ConfigError: If `[vertical] redact` names no kind of personal data.
+    """
     table = config.vertical
-    shorteners = []
+    shorteners: list[Shortener] = []
+    # What matters is pulled out before the rest is written anew: an expert then condenses what is to the point.
+    if table.extract is not None:
+        shorteners.append(Extractor(table.extract))
     if table.condense_tokens is not None:
         ladder = [e for e in map(square.get, table.experts) if e is not None] if table.experts else list(square)
         # The cheapest expert of the end tier condenses; without one, passages are chosen by rules.
@@ -180,7 +187,7 @@ def _departure(config: Config, square: Square) -> Departure | None:
 
 def _vertical(config: Config, square: Square, shared: Shared) -> Graph:
     # Not at the top of the file: what it reads with takes half a second to import.
-    from graphs.calibrating import load_trust, policy_folder
+    from graphs.calibrating import PolicyFolder, policy_folder
 
     table, common = config.vertical, shared.routing.common
     if unknown := [name for name in table.signals if name not in SIGNALS]:
@@ -188,9 +195,7 @@ def _vertical(config: Config, square: Square, shared: Shared) -> Graph:
     return vertical(
         square,
         experts=table.experts,
-        trust=functools.partial(
-            load_trust, policy_folder(config), config=config, embeds=shared.routing.embedder is not None
-        ),
+        trust=PolicyFolder(folder=policy_folder(config), config=config, embeds=shared.routing.embedder is not None),
         trade_off=table.trade_off,
         max_risk=table.max_risk,
         confidence=table.confidence,
@@ -199,7 +204,7 @@ def _vertical(config: Config, square: Square, shared: Shared) -> Graph:
         samples=table.samples,
         # One budget and one cache for answers that are waited for and for runs alike.
         stream=common.once("stream", lambda: StreamBudget(cost=table.stream_cost, seconds=table.stream_seconds)),
-        departure=_departure(config, square),
+        departure=departure_of(config, square),
         once=common.once("once", lambda: Once(cache_entries=table.cache_entries if table.cache else 0)),
         planner=shared.planner,
         router=shared.routing.router,

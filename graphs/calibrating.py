@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -13,8 +12,8 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from agora.config import Config, LlamaCppNode, LocalNode, OpenAINode, VllmNode
-from agora.errors import ConfigError
+from agora.config import Config
+from agora.errors import ConfigError, ModelError
 from agora.routing.cascade import saved
 from agora.routing.cascade.fitted import Fitted
 from agora.routing.cascade.policy import Policy
@@ -22,26 +21,35 @@ from agora.routing.risk import Certificate, certify
 from agora.routing.trust import Calibrator, CalibratorStore, Version
 from agora.routing.trust.sealed import AGAIN, read_sealed, write_sealed
 from agora.square import Expert
-from agora.types import ExpertCard
 from graphs.calibration_family import always_top, family_of, top_of
+from graphs.calibration_folder import CALIBRATORS, FITTED, JOURNAL, POLICY, current, stamp
+from graphs.calibration_version import asked_for, made_of
+
+__all__ = [
+    "CALIBRATORS",
+    "FITTED",
+    "JOURNAL",
+    "POLICY",
+    "Chosen",
+    "Kept",
+    "PolicyFolder",
+    "Trust",
+    "chosen_of",
+    "load_trust",
+    "policy_folder",
+    "save_kept",
+    "version_of",
+]
 
 FORMAT: Final = 1
 """Version of `fitted.json`; others are refused."""
 
-CALIBRATORS: Final = "calibrators"
-"""Folder of the calibrators."""
-
-POLICY: Final = "policy"
-"""Folder of the fitted policy."""
-
-FITTED: Final = "fitted.json"
-"""What the policy was fitted for, and what it lost on questions that it was not fitted to."""
+READS: Final = 3
+"""Times that a folder is read if something else counts each time before that is done: a calibration takes a minute or
+more and reading some milliseconds, so that twice in a row does not happen."""
 
 BY_EMBEDDING: Final = frozenset({"knn", "logistic"})
 """Priors of `agora.routing.cascade.priors` that look at embeddings."""
-
-JOURNAL: Final = "journal.jsonl"
-"""Every outcome, as it came."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +81,7 @@ class Kept:
         versions: Of its experts, the cheapest first.
         losses: Of its family on questions that it was not fitted to, shape (n, k); None if none were held back.
         prices: Of its experts per million tokens, in the same order; None where not known.
-        signals: What was asked of their answers beyond what comes with them.
+        signals: What was asked of their answers beyond what comes with them, as `asked_for` tells it.
     """
 
     fitted: Fitted
@@ -94,6 +102,7 @@ class Trust:
         absent: Experts of the policy that are not here.
         blind: Whether the policy looks at questions' embeddings and there is no model for them.
         unlike: The signals that answers had when the policy was fitted, if others are asked for now; else None.
+        departed: Whether it was learned from texts that left as they leave now, redacted or condensed.
     """
 
     notes: tuple[str, ...] = ()
@@ -102,6 +111,7 @@ class Trust:
     absent: tuple[str, ...] = ()
     blind: bool = False
     unlike: tuple[str, ...] | None = None
+    departed: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -187,38 +197,14 @@ def policy_folder(config: Config) -> Path:
 
 
 def version_of(expert: Expert, config: Config | None = None) -> Version:
-    """Which version of an expert this is.
+    """Which version of an expert this is; see `graphs.calibration_version.made_of`.
 
     Args:
         expert: The expert.
-        config: Tells which model its node runs; without it, or for a neighbour's expert, it is the backend's own name.
+        config: Tells which model its node runs, and what is done to a text before it leaves.
     """
-    adapter = str(expert.adapter) if expert.adapter is not None else None
-    return Version(expert=expert.name, adapter=adapter, base=_base(expert, config), settings=_settings(expert))
-
-
-def _settings(expert: Expert) -> str:
-    """Stands for how an expert is spoken to; empty for the usual way. Another prompt makes other answers."""
-    usual = (None, 0.0, ExpertCard(name=expert.name, description="-").max_tokens)
-    told = (expert.system_prompt or None, expert.temperature, expert.card.max_tokens)
-    return "" if told == usual else hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
-
-
-def _base(expert: Expert, config: Config | None) -> str:
-    node = config.nodes.get(expert.node) if config is not None and expert.name in config.experts else None
-    match node:
-        case LocalNode():
-            assert config is not None
-            return config.models[node.model].source
-        case LlamaCppNode():
-            return node.source
-        case OpenAINode() | VllmNode():
-            return node.model
-        case None:
-            model = getattr(expert.backend, "model", None)
-            return model if isinstance(model, str) else expert.backend.name
-        case _:
-            return expert.node
+    made = made_of(expert, config)
+    return Version(expert=expert.name, adapter=made.adapter, base=made.base, settings=made.settings)
 
 
 def save_kept(folder: Path, kept: Kept) -> None:
@@ -258,26 +244,41 @@ def load_trust(
         ConfigError: If a file in it is damaged.
         ModelError: If the policy is damaged.
     """
+    for _ in range(READS - 1):
+        before = stamp(folder)
+        try:
+            return _loaded(folder, experts, config, embeds)
+        except (ConfigError, ModelError):
+            # What was being read may have been given up for something newer in the meantime.
+            if stamp(folder) == before:
+                raise
+    return _loaded(folder, experts, config, embeds)
+
+
+def _loaded(folder: Path, experts: Sequence[Expert], config: Config | None, embeds: bool | None) -> Trust:
     if not folder.is_dir():
         return Trust(
             notes=(f"nothing is calibrated: there is no folder {str(folder)!r} (agora calibrate --data FILE)",)
         )
     versions = {e.name: version_of(e, config) for e in experts}
-    store = CalibratorStore(folder / CALIBRATORS)
+    learned = current(folder)
+    store = CalibratorStore(learned / CALIBRATORS)
     found = {name: store.get(version) for name, version in versions.items()}
     notes = [f.reason for f in found.values() if f.calibrator is None]
-    kept, absent, note = _kept(folder, versions, {e.name: e.card.price_per_mtok for e in experts})
+    kept, absent, note = _kept(learned, versions, {e.name: e.card.price_per_mtok for e in experts})
     if embeds is None:
         embeds = config is None or config.graph.router == "embedding"
     blind = not embeds and kept is not None and _looks(kept.fitted)
     if blind:
         notes.append('the policy was fitted with embeddings: without router = "embedding" it decides less well')
     unlike = None
-    if config is not None and kept is not None and set(kept.signals) != set(config.vertical.signals):
+    table = None if config is None else config.vertical
+    wanted = () if table is None else asked_for(table.signals, table.samples)
+    if table is not None and kept is not None and set(kept.signals) != set(wanted):
         unlike = kept.signals
         notes.append(
-            f"the policy was fitted with the signals {_listed(unlike)}, and [vertical] signals names"
-            f" {_listed(config.vertical.signals)}: it decides less well"
+            f"the policy was fitted with the signals {_listed(unlike)}, and [vertical] asks for"
+            f" {_listed(wanted)}: it decides less well"
         )
     return Trust(
         blind=blind,
@@ -286,7 +287,31 @@ def load_trust(
         calibrators={name: f.calibrator for name, f in found.items() if f.calibrator is not None},
         kept=kept,
         absent=absent,
+        departed=table is not None and bool(table.departure),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyFolder:
+    """A policy folder that is looked at again: give it to `graphs.vertical` as `trust`.
+
+    Attributes:
+        folder: Where `agora calibrate` writes.
+        config: See `load_trust`.
+        embeds: See `load_trust`.
+    """
+
+    folder: Path
+    config: Config | None = None
+    embeds: bool | None = None
+
+    def __call__(self, experts: Sequence[Expert]) -> Trust:
+        """What is known of these experts; see `load_trust`."""
+        return load_trust(self.folder, experts, config=self.config, embeds=self.embeds)
+
+    def stamp(self) -> Hashable:
+        """Changes whenever `agora calibrate` has put something else there; blocking, one look at one file."""
+        return stamp(self.folder)
 
 
 def _listed(signals: Sequence[str]) -> str:

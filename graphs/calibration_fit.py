@@ -25,6 +25,7 @@ from agora.routing.trust import (
 )
 from graphs.calibrating import CALIBRATORS, FITTED, Chosen, Kept, chosen_of, save_kept
 from graphs.calibration_family import family_of, judge, top_of
+from graphs.calibration_folder import replacing
 from graphs.calibration_journal import Graded
 from graphs.calibration_questions import Labelled
 
@@ -33,8 +34,8 @@ HELD_BACK: Final = 0.5
 fitting does: its margin falls with their square root."""
 
 MOST_FAILED: Final = 0.2
-"""Share of the questions that an expert may fail before it is left out of the policy: those questions are lost for the
-others too."""
+"""Share of the questions that an expert may fail, or not see, before it is left out of the policy: those questions are
+lost for the others too."""
 
 LEAST_SIGNAL: Final = 0.5
 """Share of an expert's answers that must tell a signal for the policy to use it."""
@@ -53,7 +54,7 @@ class ExpertResult:
         report: How good its calibrator is; None if none could be fitted.
         why: Why none could be fitted; empty if one was.
         cost: Money per answer.
-        seconds: Time per answer.
+        seconds: Time per answer, as `Graded` has it.
     """
 
     version: Version
@@ -145,10 +146,10 @@ def fit_all(
     *,
     embeddings: NDArray[np.float32] | None = None,
 ) -> Result:
-    """Fits what can be fitted, and writes it into the policy folder. Blocking, seconds to minutes.
+    """Fits what can be fitted, and puts it into the policy folder, all at once. Blocking, seconds to minutes.
 
     Args:
-        folder: The policy folder.
+        folder: The policy folder; nothing else may write to it meanwhile (`graphs.calibration_journal`).
         questions: The questions.
         graded: Outcomes by expert, in the order of the ladder, and by question key.
         wishes: What is wanted.
@@ -158,14 +159,26 @@ def fit_all(
         ConfigError: If something cannot be written.
         ModelError: If the policy cannot be written.
     """
-    store = CalibratorStore(folder / CALIBRATORS)
-    experts = tuple(_expert(store, list(found.values()), wishes.seed) for found in graded.values() if found)
-    notes: list[str] = []
     vectors = None if embeddings is None else {q.key: v for q, v in zip(questions, embeddings, strict=True)}
-    policy = _policy(folder, questions, graded, wishes, vectors, notes)
-    if policy is None and (folder / FITTED).exists():
-        notes.append("the policy that was fitted before stays in use, as far as it is for the experts as they are")
+    notes = [note for found in graded.values() if (note := _waited(list(found.values())))]
+    with replacing(folder) as learned:
+        store = CalibratorStore(learned / CALIBRATORS)
+        experts = tuple(_expert(store, list(found.values()), wishes.seed) for found in graded.values() if found)
+        policy = _policy(learned, questions, graded, wishes, vectors, notes)
+        if policy is None and (learned / FITTED).exists():
+            notes.append("the policy that was fitted before stays in use, as far as it is for the experts as they are")
     return Result(experts=experts, policy=policy, notes=tuple(notes))
+
+
+def _waited(outcomes: Sequence[Graded]) -> str:
+    """What to say of times that are not those of one question alone."""
+    waited = [o.at_once for o in outcomes if o.right is not None and o.at_once > 1]
+    if not waited:
+        return ""
+    return (
+        f"{outcomes[0].version.expert}: the seconds of {len(waited)} of {len(outcomes)} answers include waiting: "
+        f"up to {max(waited)} questions were asked of its machine at once"
+    )
 
 
 def _expert(store: CalibratorStore, outcomes: Sequence[Graded], seed: int) -> ExpertResult:
@@ -203,7 +216,10 @@ def _policy(
     names = []
     for name, found in graded.items():
         failed = sum(o.right is None for o in found.values()) / max(len(questions), 1)
-        if failed > MOST_FAILED:
+        unseen = 1 - len(found) / max(len(questions), 1)
+        if unseen > MOST_FAILED:
+            notes.append(f"{name} is not in the policy: it may not see {unseen:.0%} of the questions")
+        elif failed > MOST_FAILED:
             notes.append(f"{name} is not in the policy: it gave no answer to {failed:.0%} of the questions")
         else:
             names.append(name)

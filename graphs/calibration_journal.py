@@ -16,6 +16,12 @@ from filelock import FileLock, Timeout
 from agora.errors import ConfigError, InvalidRequest
 from agora.routing.trust import Version
 
+Key = tuple[str, Version, tuple[str, ...]]
+"""What an outcome is the outcome of: the question, who was asked, and what was asked of the answer (`asked_for`)."""
+
+EARLY_AT_ONCE: Final = 8
+"""Questions asked at once by those who wrote journals that do not tell."""
+
 MAX_LINE_BYTES: Final = 1024 * 1024
 """Longest line that is read back; those that are written stay far below."""
 
@@ -27,15 +33,17 @@ class Graded:
     Attributes:
         question: Key of the question.
         version: Which version of which expert answered.
-        asked_for: Signals that were asked for besides those that come with an answer.
+        asked_for: Signals that were asked for besides those that come with an answer, as
+            `graphs.calibration_version.asked_for` tells them.
         right: Whether it was right; None if there is no answer.
         answer: The final answer, if one can be read.
         signals: By name; finite numbers only.
-        cost: Money of the answer, and of asking for its signals.
-        seconds: Time of the answer.
-        tokens: Tokens that the money was for.
+        cost: Money of the answer, of making the question ready to leave, and of asking for the answer's signals.
+        seconds: Time of all that.
+        tokens: Tokens of the expert's own that the money was for.
         price: Money per million tokens by which the cost was reckoned; None if that is not known.
         error: Why there is no answer; empty if there is one.
+        at_once: Most questions that were asked of its machine at once; with more than 1 its seconds include waiting.
     """
 
     question: str
@@ -49,9 +57,10 @@ class Graded:
     tokens: int = 0
     price: float | None = None
     error: str = ""
+    at_once: int = 1
 
     @property
-    def key(self) -> tuple[str, Version, tuple[str, ...]]:
+    def key(self) -> Key:
         """What it is the outcome of."""
         return self.question, self.version, self.asked_for
 
@@ -95,6 +104,7 @@ class Graded:
             tokens=tokens,
             price=price,
             error=str(plain["error"]),
+            at_once=int(plain.get("at_once", EARLY_AT_ONCE)),
         )
 
 
@@ -115,7 +125,7 @@ class Journal:
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
-        self.known: dict[tuple[str, Version, tuple[str, ...]], Graded] = {}
+        self.known: dict[Key, Graded] = {}
         self.damaged = 0
         self._fresh = fresh
         self._file: IO[bytes] | None = None

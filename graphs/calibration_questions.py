@@ -8,15 +8,16 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from agora.errors import AgoraError, InvalidRequest
 from agora.routing.final_answer import final_answer
-from agora.types import checked_question
+from agora.types import Tier, checked_question, reach_of
 
 MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 """Longest line read: a question may have a book under it, but a file without line ends must not fill the memory."""
@@ -32,7 +33,10 @@ MAX_SAID: Final = 4096
 
 _NUMBERS: Final = re.compile(r"(?<![\w.])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
-FIELDS: Final = 'a line looks like {"question": "…", "answer": "…"}, with "choices" and "grader" where wanted'
+FIELDS: Final = (
+    'a line looks like {"question": "…", "answer": "…"}, with "choices", "grader" and "label" (local, edge, cloud) '
+    "where wanted"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +48,16 @@ class Labelled:
         answer: The right answer; for choices its letter or its text.
         choices: What to choose from; empty for an open question.
         grader: Name in `GRADERS`.
+        labels: What grader `contains` tells it apart from, itself included; empty where that is not known.
+        reach: The highest tier whose machines may see it.
     """
 
     question: str
     answer: str
     choices: tuple[str, ...] = ()
     grader: str = "exact"
+    labels: tuple[str, ...] = ()
+    reach: Tier = Tier.CLOUD
 
     @property
     def text(self) -> str:
@@ -60,7 +68,8 @@ class Labelled:
     @property
     def key(self) -> str:
         """Stands for this question in a journal."""
-        told = json.dumps([self.question, self.answer, self.choices, self.grader])
+        # Who may see it says nothing of what an expert makes of it.
+        told = json.dumps([self.question, self.answer, self.choices, self.grader, *filter(None, [self.labels])])
         return hashlib.sha256(told.encode()).hexdigest()[:24]
 
     def is_right(self, said: str) -> bool:
@@ -125,9 +134,17 @@ def _right_letter(asked: Labelled) -> str:
 
 
 def _contains(asked: Labelled, said: str) -> bool:
-    """The answer's words occur, whole and in order."""
-    wanted = re.escape(_plain(asked.answer))
-    return re.search(rf"(?<!\w){wanted}(?!\w)", " ".join(said.casefold().split())) is not None
+    """The answer's words occur, whole and in order, and those of no other label: "positive or negative" is no answer.
+
+    Of labels that are parts of others, as "positive" of "very positive", the longest counts that stands there.
+    """
+    wanted = _plain(asked.answer)
+    # A choice may be told by its letter: then its words are not another label.
+    others = asked.labels if wanted in map(_plain, asked.labels) else ()
+    labels = sorted({wanted, *map(_plain, others)} - {""}, key=lambda label: (-len(label), label))
+    any_of_them = "|".join(map(re.escape, labels))
+    named = re.findall(rf"(?<!\w)(?:{any_of_them})(?!\w)", " ".join(said.casefold().split()))
+    return set(named) == {wanted}
 
 
 GRADERS: Final[Mapping[str, Callable[[Labelled, str], bool]]] = MappingProxyType(
@@ -160,12 +177,25 @@ def read_questions(path: Path, *, limit: int | None = None) -> list[Labelled]:
             before, first = found.setdefault(one.text, (number, one))
             if first != one:
                 raise InvalidRequest(
-                    f"{path}, line {number} asks what line {before} asks, with another answer or grader",
+                    f"{path}, line {number} asks what line {before} asks, with another answer, grader or label",
                     hint="leave one of them out",
                 )
     if not found:
         raise InvalidRequest(f"{path} has no questions", hint=FIELDS)
-    return [one for _, one in found.values()]
+    return _with_labels([one for _, one in found.values()])
+
+
+def _with_labels(questions: list[Labelled]) -> list[Labelled]:
+    """The questions, those graded by `contains` with the labels that they are told apart by.
+
+    Those are a question's own choices, if it has any; else all answers to such questions, if they are few and every one
+    comes more than once: answers to open questions differ.
+    """
+    open_ = [q for q in questions if q.grader == "contains" and not q.choices]
+    many = Counter(_plain(q.answer) for q in open_)
+    closed = 1 < len(many) <= MAX_CHOICES and min(many.values()) > 1
+    labels = tuple(sorted(many)) if closed else ()
+    return [replace(q, labels=q.choices or labels) if q.grader == "contains" else q for q in questions]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -215,7 +245,8 @@ def _labelled(line: str, where: str) -> Labelled:
     grader = row.get("grader") or _usual(made)
     if grader not in GRADERS:
         raise InvalidRequest(f"{where}: grader is {grader!r}; allowed: {', '.join(GRADERS)}")
-    made = Labelled(question=made.question, answer=made.answer, choices=made.choices, grader=grader)
+    reach = Tier.CLOUD if row.get("label") is None else reach_of(row["label"], what=f"{where}: label")
+    made = replace(made, grader=grader, reach=reach)
     _check_fits(made, where)
     return made
 

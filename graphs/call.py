@@ -17,8 +17,19 @@ from graphs.spend import Spend, read_at_least, used_by_failed
 
 log = logging.getLogger(__name__)
 
-After = Callable[[str, Answer], Awaitable[Answer]]
-"""What is done with an answer while the text that was asked is at hand, e.g. asking how sure the expert is."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class After:
+    """What is done with an answer while the text that was asked is at hand, e.g. asking how sure the expert is.
+
+    Attributes:
+        what: Stands for it: equal where the same is done.
+        do: Called with the text that was asked and the answer as it came; gives the answer to go on with. It counts
+            what it uses in the call's `spend` and in the answer, keeps to the deadline, and raises no `AgoraError`.
+    """
+
+    what: Hashable
+    do: Callable[[str, Answer], Awaitable[Answer]]
 
 
 class Called(NamedTuple):
@@ -44,8 +55,8 @@ class Call:
         text: What is asked.
         spend: What pays for it.
         deadline: Event-loop time at which the asker stops waiting, or None.
-        after: Called with the text that was asked and the answer as it came; gives the answer to go on with. It counts
-            what it uses in `spend` and in the answer, keeps to the deadline, and raises no `AgoraError`.
+        after: What is done with the answer.
+        asker: Whose question it is; None where nobody is told apart.
         begun: Whether it was made, rather than another one's outcome taken.
         paid: What of it is counted already.
     """
@@ -56,6 +67,7 @@ class Call:
     spend: Spend
     deadline: float | None
     after: After | None = None
+    asker: str | None = None
     begun: bool = False
     paid: Usage | None = None
 
@@ -64,6 +76,8 @@ class Call:
         """Equal for calls that come to the same. The backend counts by its identity: see `Once`."""
         e, s = self.expert, self.subtask
         return (
+            # How soon an answer comes would tell one asker what another one asks.
+            self.asker,
             e.name,
             e.node,
             id(e.backend),
@@ -74,8 +88,8 @@ class Call:
             e.temperature,
             e.alternatives,
             s.reach,
-            # All askers of one crew do the same afterwards, or nothing.
-            self.after is not None,
+            # Whoever wants to know how sure the expert is does not have it from one who does not ask for that.
+            None if self.after is None else self.after.what,
         )
 
     @property
@@ -130,11 +144,12 @@ class Call:
         if answer.text == "":
             message = f"{expert.name} gave an empty answer"
             return Called(Failure(code="bad_reply", message=message, transient=True, usage=answer.usage), True)
-        cut = answer.finish_reason == "length" and most < min(wanted or most + 1, expert.card.max_tokens)
-        if cut:
+        if answer.finish_reason == "length" and most < min(wanted or most + 1, expert.card.max_tokens):
             note = f"cut short: the budget left {most} tokens for it"
-            answer = replace(answer, notes=(*answer.notes, note))
-        return Called(answer if self.after is None else await self.after(self.text, answer), not cut)
+            answer = replace(answer, notes=(*answer.notes, note), limited=True)
+        if self.after is not None:
+            answer = await self.after.do(self.text, answer)
+        return Called(answer, not answer.limited)
 
     def broke_off(self) -> Failure:
         """The failure of a call that its asker stopped waiting for; what it has used by then is counted."""

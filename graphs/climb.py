@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final
@@ -13,23 +13,23 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agora.errors import AgoraError, DeadlineExceeded, NoExpert
+from agora.errors import AgoraError, BackendTimeout, DeadlineExceeded, NoExpert
 from agora.protocols import Embedder
 from agora.routing.cascade.policy import Query
 from agora.routing.takers import takers
 from agora.square import Expert
 from agora.types import Answer, Attempt, Failure, Subtask, Tier, Usage
 from experts.passage import bounded
-from graphs.call import internal, left_until
+from graphs.call import After, internal, left_until
 from graphs.climbing import Climbing, Next
 from graphs.crew import Crew, not_asked
 from graphs.experience import Experience
 from graphs.guidance import Guidance, Guide
 from graphs.ladder import ACCEPT, rungs
-from graphs.signals import asked_with, gather
+from graphs.patience import seconds_for
+from graphs.signals import asked_with, gather, out_of_reach
 from graphs.signals.gathering import DEFAULT_SAMPLES
-from graphs.solver import OnEnd, OnStart, Steps
-from graphs.spend import Spend
+from graphs.solver import Job
 from graphs.stream_budget import StreamBudget
 
 log = logging.getLogger(__name__)
@@ -39,13 +39,13 @@ MOST_STEPS: Final = 8
 counted a little later; three tiers with a failure in each are 6."""
 
 SIGNALS_SHARE: Final = 0.5
-"""Share of the time to the deadline that asking how sure an expert is may take. An expert that answered and then hangs
-keeps its answer so, and who is asked next has as much time."""
+"""Share of the time that is left for an expert that asking how sure it is may take. An expert that answered and then
+hangs keeps its answer so."""
 
 AS_THEY_ARE: Final = (
     "the guarantee is for texts that leave as they are: it does not cover what is condensed or redacted"
 )
-"""Experts are calibrated with whole questions."""
+"""Of a policy that was fitted to answers to whole questions."""
 
 EMBED_TIMEOUT_S: Final = 5.0
 """Seconds that a question's vector may take; 10 ms are usual. A policy decides without it as well as it can."""
@@ -64,6 +64,7 @@ class Climb(Crew):
         stream: The budget for all questions.
         experience: What asking has taken so far.
         embedder: Turns questions into vectors, for policies that look at them.
+        trade_off: Money that a right answer is worth to whoever asks this time; None if that was not said.
     """
 
     guide: Guide
@@ -74,6 +75,7 @@ class Climb(Crew):
     stream: StreamBudget = field(default_factory=StreamBudget)
     experience: Experience = field(default_factory=Experience)
     embedder: Embedder | None = None
+    trade_off: float | None = None
 
     most_steps: ClassVar[int] = MOST_STEPS
 
@@ -81,28 +83,33 @@ class Climb(Crew):
     def notes(self) -> tuple[str, ...]:  # type: ignore[override]
         """What is known of those who are here, and what is not."""
         known = self.guide.last
-        if known.certified and self.departure is not None:
-            return (*known.notes, AS_THEY_ARE)
-        return known.notes
+        lacking = out_of_reach(self._ladder(), self.signals)
+        whole = known.certified and self.departure is not None and not known.departed
+        promise = (AS_THEY_ARE,) if whole else ()
+        return (*known.notes, *lacking, *promise, *self._useless(known))
 
-    async def solve(
-        self,
-        subtask: Subtask,
-        question: str,
-        *,
-        spend: Spend,
-        deadline: float | None,
-        on_start: OnStart,
-        on_end: OnEnd,
-        steps: Steps | None = None,
-    ) -> tuple[Attempt, ...]:
+    def _useless(self, known: Guidance) -> tuple[str, ...]:
+        """What to say to somebody who said what a right answer is worth, where nothing goes by that."""
+        if self.trade_off is None or (known.policy is not None and self.guide.chooses):
+            return ()
+        return (f"what a right answer is worth ({self.trade_off:g}) changes nothing: no fitted policy goes by it",)
+
+    def weighing(self, trade_off: float) -> Climb:
+        """The same, with answers that are worth so much money; see `graphs.solver.Weighing`."""
+        return replace(self, guide=self.guide.weighing(trade_off), trade_off=trade_off)
+
+    def _ladder(self) -> tuple[Expert, ...]:
+        return tuple(e for e in self.square if self.experts is None or e.name in self.experts)
+
+    async def solve(self, job: Job) -> tuple[Attempt, ...]:
         """Climbs for one subtask. Never raises an `AgoraError`: failures are values. See `Solver.solve`.
 
         A failed tier is left out, and the policy decides among the others. If an answer is taken that is not the last
         one that came, an attempt that repeats it, free of charge, is the last.
         """
-        ask = _Asking(self, subtask, question, spend, deadline, steps or _at_once)
-        left = left_until(deadline)
+        subtask, question = job.subtask, job.question
+        ask = _Asking(self, job)
+        left = left_until(job.deadline)
         try:
             if left is not None and left <= 0:
                 raise DeadlineExceeded("the run's deadline passed before this was asked")
@@ -128,24 +135,20 @@ class Climb(Crew):
                 notes=list(notes),
                 beyond="since the question's vector is missing" if notes else None,
             )
-            return await self._climb(climbing, ask, embedding, on_start, on_end)
+            return await self._climb(climbing, ask, embedding)
         attempt = not_asked(failure)
-        on_end(1, attempt, True)
+        job.on_end(1, attempt, True)
         return (attempt,)
 
     async def _climb(
-        self,
-        climbing: Climbing,
-        ask: _Asking,
-        embedding: NDArray[np.float32] | None,
-        on_start: OnStart,
-        on_end: OnEnd,
+        self, climbing: Climbing, ask: _Asking, embedding: NDArray[np.float32] | None
     ) -> tuple[Attempt, ...]:
         attempts: list[Attempt] = []
+        on_end = ask.job.on_end
         step = self._decide(climbing, ask, embedding)
         while step is not None and not step.take:
             number = len(attempts) + 1
-            attempt = await ask(step, attempts, on_start)
+            attempt = await ask(step, attempts)
             climbing.ended(attempt)
             attempt = _with_confidence(attempt, climbing)
             step = self._decide(climbing, ask, embedding)
@@ -176,10 +179,10 @@ class Climb(Crew):
         return tuple(attempts)
 
     def _decide(self, climbing: Climbing, ask: _Asking, embedding: NDArray[np.float32] | None) -> Next | None:
-        seconds = [s for s in (left_until(ask.deadline), self.stream.seconds_left) if s is not None]
+        seconds = [s for s in (left_until(ask.job.deadline), self.stream.seconds_left) if s is not None]
         return climbing.next(
             Query(
-                text=ask.question,
+                text=ask.job.question,
                 embedding=embedding,
                 cost_left=ask.spend.cost_left,
                 seconds_left=min(seconds, default=None),
@@ -231,18 +234,12 @@ class Climb(Crew):
 class _Asking:
     """Asks for one subtask, one expert after the other, each in a step that is kept."""
 
-    def __init__(
-        self, climb: Climb, subtask: Subtask, question: str, spend: Spend, deadline: float | None, steps: Steps
-    ) -> None:
+    def __init__(self, climb: Climb, job: Job) -> None:
         self._climb = climb
-        self._subtask = subtask
-        self._run = spend
-        self._steps = steps
-        self.question = question
-        self.spend = climb.stream.joined_by(spend)
-        self.deadline = deadline
+        self.job = job
+        self.spend = climb.stream.joined_by(job.spend)
 
-    async def __call__(self, step: Next, before: Sequence[Attempt], on_start: OnStart) -> Attempt:
+    async def __call__(self, step: Next, before: Sequence[Attempt]) -> Attempt:
         why = step.why
         if before and isinstance(before[-1].outcome, Failure):
             why = f"{before[-1].expert} failed; {why}"
@@ -256,30 +253,45 @@ class _Asking:
             if expert is None:
                 gone = Failure(code="no_expert", message=f"{step.expert} has left", transient=True, expert=step.expert)
                 return Attempt(expert=step.expert, why=why, outcome=gone, started_at=time.time(), seconds=0.0)
-            on_start(len(before) + 1, expert.name, why)
-            started = asyncio.get_running_loop().time()
-            attempt = await self._climb.ask(
-                asked_with(expert, self._climb.signals),
-                self._subtask,
-                self.question,
-                why=why,
-                spend=self.spend,
-                deadline=self.deadline,
-                after=lambda text, answer: self._signals(expert, text, answer),
-            )
-            self._climb.experience.saw(attempt.outcome, asyncio.get_running_loop().time() - started)
-            return attempt
+            self.job.on_start(len(before) + 1, expert.name, why)
+            return await self._ask(expert, why, step.sharing)
 
-        attempt = await self._steps("ask", body)
+        attempt = await self.job.steps("ask", body)
         if not asked:
             # From the record: paid in an earlier leg, of which the stream's budget knows nothing.
-            self._run.add(attempt.outcome.usage)
+            self.job.spend.add(attempt.outcome.usage)
         return attempt
 
-    async def _signals(self, expert: Expert, text: str, answer: Answer) -> Answer:
-        if not self._climb.signals:
-            return answer
-        reach, left = self._subtask.reach, left_until(self.deadline)
+    async def _ask(self, expert: Expert, why: str, sharing: int) -> Attempt:
+        """Asks one expert, for no longer than its share of the time that is left."""
+        climb, job = self._climb, self.job
+        started = asyncio.get_running_loop().time()
+        left, until = left_until(job.deadline), job.deadline
+        given = None if left is None else seconds_for(expert.name, left, sharing, climb.experience)
+        if given is not None and left is not None and given < left:
+            until = started + given
+        after = None
+        if climb.signals:
+            # What is asked for, and what it comes to: samples make one of the signals.
+            what = (frozenset(climb.signals), climb.samples)
+            after = After(what=what, do=lambda text, answer: self._signals(expert, text, answer, until))
+        attempt = await climb.ask(
+            asked_with(expert, climb.signals),
+            replace(job, spend=self.spend, deadline=until),
+            why=why,
+            after=after,
+        )
+        outcome = attempt.outcome
+        if isinstance(outcome, Failure) and outcome.code == DeadlineExceeded.code and until != job.deadline:
+            # Its share is over, not the run's time: somebody else may still be asked.
+            late = BackendTimeout(f"{expert.name} did not answer within {given:.3g} s, its share of the time left")
+            failure = Failure.of(late, usage=outcome.usage)
+            attempt = replace(attempt, outcome=replace(failure, expert=outcome.expert, seconds=outcome.seconds))
+        climb.experience.saw(attempt.outcome, asyncio.get_running_loop().time() - started)
+        return attempt
+
+    async def _signals(self, expert: Expert, text: str, answer: Answer, deadline: float | None) -> Answer:
+        reach, left = self.job.subtask.reach, left_until(deadline)
         until = None if left is None else asyncio.get_running_loop().time() + left * SIGNALS_SHARE
         # On another node the label must hold for these questions, too.
         with nullcontext() if reach is Tier.CLOUD else bounded(reach):
@@ -290,15 +302,10 @@ class _Asking:
                 self._climb.signals,
                 samples=self._climb.samples,
                 spend=self.spend,
-                max_tokens=self._subtask.max_tokens,
+                max_tokens=self.job.subtask.max_tokens,
                 deadline=until,
             )
         return gathered.added_to(answer)
-
-
-async def _at_once(name: str, body: Callable[[], Awaitable[Attempt]]) -> Attempt:
-    """Takes a step without keeping it; see `graphs.solver.Steps`."""
-    return await body()
 
 
 def _with_confidence(attempt: Attempt, climbing: Climbing) -> Attempt:

@@ -14,9 +14,10 @@ from agora.routing.final_answer import final_answer
 from agora.square import Expert
 from agora.types import Answer, Attempt, Failure
 from graphs.crew import OF_THE_NODE
-from graphs.experience import Experience
+from graphs.experience import LONGER, Experience
 from graphs.guidance import Guidance
 from graphs.ladder import AlwaysTop, UpTheLadder, probability
+from graphs.patience import seconds_for
 from graphs.signals.counting import signals_of
 from graphs.spend import prompt_tokens
 
@@ -35,6 +36,7 @@ class Next:
         quality: Probability in [0, 1] that it is right; None where nothing tells.
         why: In words a person can check.
         fitted: Whether a fitted policy says so.
+        sharing: Among how many that may still be asked the time left is to be divided; see `graphs.patience`.
     """
 
     take: bool
@@ -42,6 +44,7 @@ class Next:
     quality: float | None
     why: str
     fitted: bool
+    sharing: int = 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,7 +109,7 @@ class Climbing:
             last = next(reversed(self.answers))
             return Next(take=True, expert=last, quality=None, why="nobody else can be asked", fitted=False)
         self._compare(query, allowed, found)
-        return found
+        return found if found.take else replace(found, sharing=self._sharing(found.expert, allowed))
 
     def _decide(self, query: Query, allowed: Sequence[str]) -> Next | None:
         policy = self._fitted()
@@ -150,12 +153,40 @@ class Climbing:
                 self.ruled_out.pop(expert.name, None)
             else:
                 self.ruled_out[expert.name] = reason
+        self._leave_out_the_silent(fitting, query.seconds_left)
         if not fitting and not self.answers and not self.failures:
             # What is expected may be wrong; and if not, asking says precisely what is lacking.
             fitting = open_[:1]
         down = {self.experts[n].node for n, f in self.failures.items() if f.code in OF_THE_NODE and n in self.experts}
         elsewhere = [e for e in fitting if e.node not in down]
         return tuple(e.name for e in (elsewhere or fitting))
+
+    def _leave_out_the_silent(self, fitting: list[Expert], seconds_left: float | None) -> None:
+        """Takes out those who gave no answer in as much time as their share would be now, from the lowest up: who is
+        left has more for it."""
+        if seconds_left is None:
+            return
+        for expert in tuple(fitting):
+            taken = self.experience.seconds(expert.name)
+            if taken is None or self.experience.usual_seconds(expert.name) is not None:
+                continue
+            sharing = self._sharing(expert.name, [e.name for e in fitting])
+            share = seconds_for(expert.name, seconds_left, sharing, self.experience)
+            if taken > share:
+                fitting.remove(expert)
+                self.ruled_out[expert.name] = (
+                    f"it has given no answer yet, in up to {taken / LONGER:.3g} s, and {share:.3g} s would be its share"
+                )
+
+    def _sharing(self, name: str, allowed: Sequence[str]) -> int:
+        """Among how many the time left is to be divided when this one is asked: no more than may still fail."""
+        height = {e.name: n for n, rung in enumerate(self.rungs) for e in rung}
+        policy = self._fitted()
+        asked = [n for n in allowed if n in height and (policy is None or n in policy.models)]
+        rungs = {height[n] for n in (*asked, name)}
+        most = min(len(rungs), self.max_failures - len(self.failures))
+        # With nobody above it, those that are left would only stand in for it.
+        return min(most, 2) if height[name] == max(rungs) else max(most, 1)
 
     def _too_much(self, expert: Expert, query: Query, tokens_left: int | None) -> str | None:
         seconds = self.experience.seconds(expert.name)
@@ -258,7 +289,11 @@ class Climbing:
         unable = policy is not None and any(name not in self.experts for name in policy.models)
         if self.failures or self.missed is not None or unable:
             return "since not everybody could be asked"
-        return "since the policy failed" if self._failed_policy else self.beyond
+        if self._failed_policy:
+            return "since the policy failed"
+        if self.beyond is None and (short := [n for n, (answer, _) in self.answers.items() if answer.limited]):
+            return f"since time or money was short for {short[0]}'s answer or for what tells how sure it is"
+        return self.beyond
 
     def trusted(self, answer: Answer) -> tuple[float | None, tuple[str, ...]]:
         """An answer's confidence on its own, and what must be said of it."""

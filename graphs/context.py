@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from agora.errors import InvalidRequest
-from agora.types import MAX_QUESTION_CHARS, Attempt, Subtask, checked_question
+from agora.types import MAX_QUESTION_CHARS, Attempt, checked_question
 from graphs.how import Ask, How
-from graphs.solver import OnEnd, OnStart, Solver, Steps
-from graphs.spend import Spend
+from graphs.solver import Job, Solver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,22 +35,9 @@ class Informed:
         """Those of the crew."""
         return self.crew.notes
 
-    async def solve(
-        self,
-        subtask: Subtask,
-        question: str,
-        *,
-        spend: Spend,
-        deadline: float | None,
-        on_start: OnStart,
-        on_end: OnEnd,
-        steps: Steps,
-    ) -> tuple[Attempt, ...]:
+    async def solve(self, job: Job) -> tuple[Attempt, ...]:
         """See `Solver.solve`; who is chosen depends on what was said before, too."""
-        text = f"{self.said_before}\n\n{question}"
-        return await self.crew.solve(
-            subtask, text, spend=spend, deadline=deadline, on_start=on_start, on_end=on_end, steps=steps
-        )
+        return await self.crew.solve(replace(job, question=f"{self.said_before}\n\n{job.question}"))
 
 
 def informed(how: How, state: Ask) -> How:

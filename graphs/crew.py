@@ -24,7 +24,7 @@ from agora.types import Answer, Attempt, Failure, Outcome, Subtask, Tier
 from graphs.call import After, Call, internal, left_until, passed
 from graphs.departure import Departure, Prepared
 from graphs.once import Once
-from graphs.solver import OnEnd, OnStart, Steps
+from graphs.solver import Job
 from graphs.spend import Spend
 
 __all__ = [
@@ -70,40 +70,25 @@ class Crew:
     most_steps: ClassVar[int] = 0
     notes: ClassVar[tuple[str, ...]] = ()
 
-    async def solve(
-        self,
-        subtask: Subtask,
-        question: str,
-        *,
-        spend: Spend,
-        deadline: float | None,
-        on_start: OnStart,
-        on_end: OnEnd,
-        steps: Steps | None = None,
-    ) -> tuple[Attempt, ...]:
+    async def solve(self, job: Job) -> tuple[Attempt, ...]:
         """Asks for one subtask until someone answers. Never raises an `AgoraError`: failures are values.
 
         Args:
-            subtask: What to solve.
-            question: The text to ask, inputs filled in.
-            spend: The run's spending.
-            deadline: Event-loop time at which to stop, or None.
-            on_start: Called with (number of the attempt from 1, expert, why).
-            on_end: Called with (number of the attempt, the attempt, whether it was the last).
-            steps: Not used: a solution is kept as a whole.
+            job: The subtask, and within what to solve it. Its steps are not used: a solution is kept as a whole.
 
         Returns:
             All attempts, at least one; the last one's outcome counts.
         """
+        subtask = job.subtask
         attempts: list[Attempt] = []
-        left = left_until(deadline)
+        left = left_until(job.deadline)
         if left is not None and left <= 0:
             attempt = not_asked(Failure.of(DeadlineExceeded("the run's deadline passed before this was asked")))
-            on_end(1, attempt, True)
+            job.on_end(1, attempt, True)
             return (attempt,)
         try:
             async with asyncio.timeout(left):
-                ranking = await self.router.rank(subtask, question, self.square)
+                ranking = await self.router.rank(subtask, job.question, self.square)
         except TimeoutError:
             failure = Failure.of(DeadlineExceeded("the run's deadline passed while choosing an expert"))
         except AgoraError as e:
@@ -120,43 +105,34 @@ class Crew:
                 why = ranking.why(expert.name)
                 if attempts:
                     why = f"{attempts[-1].expert} failed; {why}"
-                on_start(number, expert.name, why)
-                attempt = await self.ask(expert, subtask, question, why=why, spend=spend, deadline=deadline)
+                job.on_start(number, expert.name, why)
+                attempt = await self.ask(expert, job, why=why)
                 attempts.append(attempt)
                 if isinstance(attempt.outcome, Failure) and attempt.outcome.code in OF_THE_NODE:
                     failed.add(expert.node)
                 names = _worth_asking(names, attempt.outcome, expert, self.square)
                 last = number >= self.max_attempts or self._next(names, failed) is None
-                on_end(number, attempt, last)
+                job.on_end(number, attempt, last)
                 if last:
                     return tuple(attempts)
             failure = Failure(code="no_expert", message=f"everyone chosen has left: {names}", transient=True)
         attempt = not_asked(failure)
-        on_end(1, attempt, True)
+        job.on_end(1, attempt, True)
         return (attempt,)
 
-    async def ask(
-        self,
-        expert: Expert,
-        subtask: Subtask,
-        question: str,
-        *,
-        why: str,
-        spend: Spend,
-        deadline: float | None,
-        after: After | None = None,
-    ) -> Attempt:
+    async def ask(self, expert: Expert, job: Job, *, why: str, after: After | None = None) -> Attempt:
         """Asks one expert once, the way this crew does; see `ask_expert`."""
         return await ask_expert(
             expert,
-            subtask,
-            question,
+            job.subtask,
+            job.question,
             why=why,
-            spend=spend,
-            deadline=deadline,
+            spend=job.spend,
+            deadline=job.deadline,
             departure=self.departure,
             once=self.once,
             after=after,
+            asker=job.asker,
         )
 
     def _next(self, names: list[str], failed: set[str]) -> Expert | None:
@@ -186,6 +162,7 @@ async def ask_expert(
     departure: Departure | None = None,
     once: Once | None = None,
     after: After | None = None,
+    asker: str | None = None,
 ) -> Attempt:
     """Asks one expert once, within budget and deadline. Never raises an `AgoraError`: failures are values.
 
@@ -200,11 +177,11 @@ async def ask_expert(
         deadline: Event-loop time at which to stop, or None.
         departure: What is done to a text before it leaves this machine's tier.
         once: Makes identical calls once.
-        after: Called with the text that was asked and the answer as it came; gives the answer to go on with. It counts
-            what it uses in `spend` and in the answer, keeps to the deadline, and raises no `AgoraError`.
+        after: What is done with the answer.
+        asker: Whose question it is; see `Job`.
     """
     started_at, started = time.time(), time.monotonic()
-    call = Call(expert=expert, subtask=subtask, text=question, spend=spend, deadline=deadline, after=after)
+    call = Call(expert=expert, subtask=subtask, text=question, spend=spend, deadline=deadline, after=after, asker=asker)
     outcome: Outcome
     prepared: Prepared | None = None
     try:

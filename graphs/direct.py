@@ -17,9 +17,9 @@ from agora.events import Event
 from agora.types import Answer, Attempt, Outcome, RunResult, TaskGraph
 from graphs.context import informed
 from graphs.execution import Run
-from graphs.how import Ask, How
+from graphs.how import Ask, How, weighed
 from graphs.plan import Plan
-from graphs.solver import Steps
+from graphs.solver import Steps, Weighing
 
 _ATTRIBUTE: Final = "agora_how"
 
@@ -67,11 +67,17 @@ def how_of(graph: object) -> How | None:
     return None if how is None or getattr(graph, "checkpointer", None) or tracing_is_enabled() else how
 
 
+def weighs(graph: object) -> bool:
+    """Whether a run of a graph may say what a right answer is worth."""
+    how: How | None = getattr(graph, _ATTRIBUTE, None)
+    return how is not None and isinstance(how.crew, Weighing)
+
+
 async def run_directly(how: How, asked: Ask, run_id: str, emit: Callable[[Event], None]) -> RunResult:
     """Runs to the result.
 
     Raises:
         AgoraError: If there is none.
     """
-    run = Run(informed(how, asked), asked, calls=DirectCalls(), run_id=run_id, emit=emit)
+    run = Run(informed(weighed(how, asked), asked), asked, calls=DirectCalls(), run_id=run_id, emit=emit)
     return await run.answer()

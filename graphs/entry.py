@@ -16,7 +16,7 @@ from graphs import direct
 from graphs.context import informed
 from graphs.databases import watching
 from graphs.execution import Run
-from graphs.how import Ask, How
+from graphs.how import Ask, How, weighed
 from graphs.recorded import RecordedCalls
 
 MAX_PARALLEL: Final = 16
@@ -70,7 +70,7 @@ def compiled(
             )
         thread = (config.get("configurable") or {}).get("thread_id")
         run = Run(
-            informed(how, state),
+            informed(weighed(how, state), state),
             state,
             calls=RecordedCalls(),
             run_id=None if thread is None else str(thread),

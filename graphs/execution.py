@@ -18,14 +18,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NoReturn, Protocol
 
-from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest, OutOfReach, StoreError
+from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest, StoreError
 from agora.events import AttemptEnded, AttemptStarted, Event, Planned, RunFinished, RunStarted, Synthesising
-from agora.routing.takers import beyond
-from agora.square import Expert
 from agora.types import (
     Answer,
     Attempt,
-    Budget,
     Failure,
     Outcome,
     RunResult,
@@ -36,15 +33,16 @@ from agora.types import (
     reach_of,
 )
 from graphs.crew import missing_input
-from graphs.how import Ask, How
+from graphs.how import Ask, How, asker_of, budget_of
 from graphs.missing import with_what_is_missing
-from graphs.outside import plan_outside, synthesise_outside
+from graphs.outside import plan_outside
 from graphs.places import Places
 from graphs.plan import Plan
+from graphs.put_together import put_together
 from graphs.render import render
-from graphs.solver import Steps
+from graphs.solver import Job, Steps
 from graphs.spend import Spend
-from graphs.synthesise import SectionsSynthesiser, answered, combine, synthesis_prompt
+from graphs.synthesise import SectionsSynthesiser, answered
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +101,8 @@ class Run:
         self.question = checked_question(state["question"])
         self.said_before = state.get("said_before") or ""
         self.id = run_id or uuid.uuid4().hex
-        self.budget = _budget(state.get("budget")) or how.budget
+        self.budget = budget_of(state) or how.budget
+        self.asker = asker_of(state)
         self.reach = Tier.CLOUD if state.get("reach") is None else reach_of(state["reach"])
         self.spend = Spend(self.budget)
         self.started = asyncio.get_running_loop().time()
@@ -275,15 +274,17 @@ class Run:
         else:
             answers = {i: (self.by_id[i], o) for i, o in inputs.items() if isinstance(o, Answer)}
             async with nullcontext() if stepwise else self.turn(subtask.id):
-                many = await self.how.crew.solve(
-                    subtask,
-                    render(subtask, answers),
+                job = Job(
+                    subtask=subtask,
+                    question=render(subtask, answers),
                     spend=self.spend,
                     deadline=self.deadline,
                     on_start=lambda n, expert, why: self._tell_start(subtask.id, len(before) + n, expert, why),
                     on_end=lambda n, attempt, last: self._tell_end(subtask.id, len(before) + n, attempt, last),
                     steps=self.calls.steps(self, subtask.id, number),
+                    asker=self.asker,
                 )
+                many = await self.how.crew.solve(job)
         # Before the checkpoint is written: those that wait for this one start a write earlier.
         self.settled[subtask.id].set_result(many[-1].outcome)
         return many
@@ -343,38 +344,15 @@ class Run:
 
     async def synthesise(self, graph: TaskGraph, outcomes: Mapping[str, Outcome]) -> Answer:
         """The synthesis, within budget and deadline; whatever goes wrong with it, the parts are given as they are."""
-        synthesiser = self.how.synthesiser
-        ask = partial(
-            synthesise_outside,
-            synthesiser,
+        return await put_together(
+            self.how.synthesiser,
             self.question,
             graph,
             outcomes,
             departure=self.how.departure,
             spend=self.spend,
+            deadline=self.deadline,
         )
-        try:
-            if self.left is not None and self.left <= 0 and synthesiser.asks is not None:
-                raise DeadlineExceeded("the run's deadline passed before they could be put together")
-            async with asyncio.timeout(None if self.left is None else max(0.0, self.left)):
-                if synthesiser.asks is None:
-                    return await ask()
-                expert = synthesiser.asks
-                _check_reach(expert, graph.reach)
-                chars = len(synthesis_prompt(self.question, graph, outcomes)) + len(expert.system_prompt or "")
-                async with self.spend.grant(expert.card, chars, None) as most:
-                    # Whoever has the name by now: nothing is waited for between this look and the asking.
-                    _check_reach(synthesiser.asks, graph.reach)
-                    return await ask(max_tokens=most, timeout_s=self.left)
-        except TimeoutError:
-            why = "the run's deadline passed while they were put together"
-        except AgoraError as e:
-            why = e.message
-        except Exception as e:
-            log.exception("synthesiser %s failed", synthesiser.name)
-            why = f"{synthesiser.name} failed: {type(e).__name__}: {e}"
-        note = f"the parts are given as they are: {why}"
-        return Answer(text=combine(self.question, graph, outcomes), expert="sections", notes=(note,))
 
     def _result(self, plan: Plan, outcomes: Mapping[str, Outcome], final: Answer) -> RunResult:
         missing = tuple(s.id for s in self.order if isinstance(outcomes[s.id], Failure))
@@ -393,17 +371,3 @@ class Run:
 
     def _cut_short(self, outcomes: Mapping[str, Outcome]) -> list[str]:
         return [f"{s.id}: {n}" for s in self.order if isinstance(o := outcomes[s.id], Answer) for n in o.notes]
-
-
-def _check_reach(expert: Expert | None, reach: Tier) -> None:
-    if expert is not None and (reason := beyond(expert.card, reach)) is not None:
-        raise OutOfReach(f"{expert.name} may not see them: {reason}")
-
-
-def _budget(plain: Any) -> Budget | None:
-    if plain is None or isinstance(plain, Budget):
-        return plain
-    try:
-        return Budget(**plain)
-    except (TypeError, OverflowError):
-        raise InvalidRequest(f"budget {plain!r} must be an object with any of deadline_s, cost, tokens") from None

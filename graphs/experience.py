@@ -53,6 +53,7 @@ class Experience:
         self._seen: dict[str, float] = {}
         self._tokens: dict[str, _Mean] = {}
         self._seconds: dict[str, _Mean] = {}
+        self._answers: dict[str, _Mean] = {}
 
     def saw(self, outcome: Outcome, seconds: float) -> None:
         """Takes note of what came of asking. Only answers that nobody else had paid for tell what one takes, and calls
@@ -64,6 +65,7 @@ class Experience:
         """
         if isinstance(outcome, Answer) and outcome.usage.calls:
             self._tokens.setdefault(outcome.expert, _Mean()).add(outcome.usage.tokens)
+            self._answers.setdefault(outcome.expert, _Mean()).add(seconds)
             self._took(outcome.expert, seconds)
         elif isinstance(outcome, Failure) and outcome.code in TOO_LATE and outcome.usage.calls and outcome.expert:
             self._took(outcome.expert, max(LONGER * seconds, self.seconds(outcome.expert) or 0.0))
@@ -74,9 +76,14 @@ class Experience:
 
     def seconds(self, expert: str) -> float | None:
         """Seconds that an answer of that expert takes; None if nothing tells that, or nothing has of late."""
-        if expert not in self._seconds or self._clock() - self._seen[expert] > FORGET_S:
-            return None
-        return self._seconds[expert].value
+        return self._seconds[expert].value if self._lately(expert) else None
+
+    def usual_seconds(self, expert: str) -> float | None:
+        """Seconds that its answers took, what it was waited for in vain left out; None if there is none of late."""
+        return self._answers[expert].value if expert in self._answers and self._lately(expert) else None
+
+    def _lately(self, expert: str) -> bool:
+        return expert in self._seen and self._clock() - self._seen[expert] <= FORGET_S
 
     def tokens(self, card: ExpertCard, chars: int) -> float:
         """Tokens that an answer takes, prompt included; never fewer than a budget must have for it to be asked.

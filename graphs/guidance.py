@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from agora.errors import AgoraError
 from agora.routing.cascade.policy import Policy, Query
 from agora.square import Expert, Square
+from graphs.calibration_version import aliases_now
 from graphs.ladder import Confidence, probability, rough
 
 if TYPE_CHECKING:
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from graphs.calibrating import Chosen
 
 log = logging.getLogger(__name__)
+
+LOOK_S: Final = 2.0
+"""Shortest time between two looks at whether something new was learned: a look is one `stat`, some 50 µs in a thread,
+and whoever has calibrated beside a running server asks it by hand no sooner."""
+
+MAX_WEIGHING: Final = 8
+"""Trade-offs that questions brought with them whose policies are kept: reading and choosing one takes some 0.1 s, and
+whoever asks with another one every time shall not fill the memory."""
 
 
 class Known(Protocol):
@@ -37,7 +46,8 @@ class Known(Protocol):
 
 
 LoadTrust = Callable[[Sequence[Expert]], Known]
-"""Gives what is known of these experts; may block."""
+"""Gives what is known of these experts; may block. If it has a method `stamp() -> Hashable`, which may block too, it is
+called again whenever that gives something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +68,11 @@ class Guidance:
     certified: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def departed(self) -> bool:
+        """Whether what is known was learned from texts that left as they leave now, redacted or condensed."""
+        return bool(getattr(self.trust, "departed", False))
+
     def confidence(self, expert: str, signals: Mapping[str, float]) -> Confidence | None:
         """How far an answer is trusted: calibrated where that is known, else as its signals have it."""
         if self.trust is not None:
@@ -73,7 +88,8 @@ class Guidance:
 
 
 class Guide:
-    """Gives the guidance for those who are here now; looks again when someone joins or leaves.
+    """Gives the guidance for those who are here now; looks again when someone joins or leaves, when an adapter's alias
+    stands for another one, and when something new was learned.
 
     Args:
         square: Who is here.
@@ -103,9 +119,12 @@ class Guide:
         self._trade_off = trade_off
         self._max_risk = max_risk
         self._confidence = confidence
-        self._version: int | None = None
+        self._seen: Hashable = None
+        self._stamp: Hashable = None
+        self._looked_at = float("-inf")
         self._guidance = Guidance()
         self._looking = asyncio.Lock()
+        self._weighing: dict[float, Guide] = {}
 
     @property
     def last(self) -> Guidance:
@@ -118,18 +137,42 @@ class Guide:
         Raises:
             ConfigError: If what is on disk is damaged.
         """
-        version, here = self._square.version, self._here()
+        seen, here, self._stamp = self._who(), self._here(), self._stamped()
         self._guidance = self._made(self._found(here), here)
-        self._version = version
+        self._seen = seen
         return self._guidance
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the policy is chosen from what is known, rather than given."""
+        return self._policy is None
+
+    def weighing(self, trade_off: float) -> Guide:
+        """The guide for those who say that a right answer is worth so much money; those used last are kept."""
+        guide = self._weighing.pop(trade_off, None) or Guide(
+            self._square,
+            experts=None if self._experts is None else tuple(self._experts),
+            policy=self._policy,
+            trust=self._trust,
+            trade_off=trade_off,
+            max_risk=self._max_risk,
+            confidence=self._confidence,
+        )
+        self._weighing[trade_off] = guide
+        if len(self._weighing) > MAX_WEIGHING:
+            del self._weighing[next(iter(self._weighing))]
+        return guide
 
     async def now(self) -> Guidance:
         """The guidance for those who are here. What cannot be read is as if it were not there, with a note."""
-        if self._version == self._square.version:
+        if self._seen == self._who() and not self._due():
             return self._guidance
         async with self._looking:
-            version, here = self._square.version, self._here()
-            if self._version != version:
+            seen, here, stamp = self._who(), self._here(), self._stamp
+            if self._due():
+                stamp = await asyncio.to_thread(self._stamped)
+                self._looked_at = asyncio.get_running_loop().time()
+            if (self._seen, self._stamp) != (seen, stamp):
                 try:
                     self._guidance = await asyncio.to_thread(lambda: self._made(self._found(here), here))
                 except AgoraError as e:
@@ -137,8 +180,22 @@ class Guide:
                 except Exception as e:
                     log.exception("the policy folder cannot be read")
                     self._guidance = self._unknown(f"{type(e).__name__}: {e}", here)
-                self._version = version
+                # As they were before it was read: what came meanwhile is read the next time.
+                self._seen, self._stamp = seen, stamp
         return self._guidance
+
+    def _who(self) -> Hashable:
+        """Changes whenever those who are here do."""
+        return self._square.version, aliases_now(self._square.experts)
+
+    def _due(self) -> bool:
+        """Whether it is time to look for something new."""
+        watched = hasattr(self._trust, "stamp")
+        return watched and asyncio.get_running_loop().time() - self._looked_at >= LOOK_S
+
+    def _stamped(self) -> Hashable:
+        trust: Any = self._trust
+        return trust.stamp() if hasattr(trust, "stamp") else None
 
     def _here(self) -> list[Expert]:
         return [e for e in self._square if self._experts is None or e.name in self._experts]

@@ -28,8 +28,7 @@ from graphs.how import How
 from graphs.places import SCHEDULERS, Heft, Scheduler
 from graphs.plan import Planner
 from graphs.rules import RulePlanner
-from graphs.solver import OnEnd, OnStart, Solver, Steps
-from graphs.spend import Spend
+from graphs.solver import Job, Solver
 from graphs.synthesise import SectionsSynthesiser, Synthesiser
 
 Ends = tuple[float, Mapping[str, float]]
@@ -130,22 +129,10 @@ class TimedCrew:
         """As the other's."""
         return self._crew.notes
 
-    async def solve(
-        self,
-        subtask: Subtask,
-        question: str,
-        *,
-        spend: Spend,
-        deadline: float | None,
-        on_start: OnStart,
-        on_end: OnEnd,
-        steps: Steps,
-    ) -> tuple[Attempt, ...]:
+    async def solve(self, job: Job) -> tuple[Attempt, ...]:
         """As the other's."""
-        with wanted_by(latest_end(subtask, deadline)):
-            return await self._crew.solve(
-                subtask, question, spend=spend, deadline=deadline, on_start=on_start, on_end=on_end, steps=steps
-            )
+        with wanted_by(latest_end(job.subtask, job.deadline)):
+            return await self._crew.solve(job)
 
 
 def latest_end(subtask: Subtask, deadline: float | None) -> float:

@@ -31,14 +31,17 @@ ENTRY_BYTES: Final = 1_000
 class Once:
     """Makes identical calls once.
 
-    Calls are identical if the same backend would be sent the same: expert, node, adapter version, system prompt, text,
-    token limit, label; see `Call.key`. Sampled ones (temperature above 0) never are: who samples wants another answer.
+    Calls are identical if the same asker has the same backend sent the same: expert, node, adapter version, system
+    prompt, text, token limit, label, and what is asked of the answer afterwards; see `Call.key`. Nothing is shared
+    between two askers (`graphs.run`; the gateway's are its API keys), in flight or kept: how soon an answer comes would
+    tell one of them what the other asks. Where no asker is named, all are one. Sampled calls (temperature above 0) are
+    never identical: who samples wants another answer.
 
     *In flight.* The first to ask leads: its run's budget pays. Whoever asks the same meanwhile waits for the same
     answer, reserves nothing and pays nothing. The work goes on for as long as anybody waits, whoever leaves; when the
     last one does, it is cancelled. A failure reaches those who waited, and nobody after them; one that is due to the
-    leader's own limits (its time, its budget, its way through the square) reaches the leader alone, and the others ask
-    anew.
+    leader's own limits (its time, its budget, its way through the square) reaches the leader alone, as does an answer
+    that fell short for that, and the others ask anew.
 
     *Kept*, if wanted: answers that would come again (`Call.lasting`), the least recently used ones given up first. A
     call whose question is private is shared in flight by equal text alone, and never kept.

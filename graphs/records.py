@@ -52,6 +52,8 @@ COLUMNS: Final[Mapping[str, str]] = MappingProxyType(
         "origin": "TEXT",
         "crashes": "INTEGER DEFAULT 0",
         "reach": "TEXT",
+        "asker": "TEXT",
+        "trade_off": "DOUBLE PRECISION",
     }
 )
 """Columns of `runs` that stores made by the first version do not have."""
@@ -97,6 +99,8 @@ class RunRecord:
         origin: Who started it: `gateway`, or None for the command line.
         crashes: How often a process died while it was at it, as far as was noticed.
         reach: The highest tier whose machines may see the question, and any part of it.
+        asker: Whose question it is; None if nobody is told apart.
+        trade_off: Money that a right answer is worth; None if that is as the graph has it.
     """
 
     id: str
@@ -114,6 +118,8 @@ class RunRecord:
     origin: str | None = None
     crashes: int = 0
     reach: Tier = Tier.CLOUD
+    asker: str | None = None
+    trade_off: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,4 +176,6 @@ def record_of(row: Mapping[str, Any]) -> RunRecord:
         origin=row["origin"],
         crashes=row["crashes"] or 0,
         reach=Tier.CLOUD if row["reach"] is None else reach_of(row["reach"]),
+        asker=row["asker"],
+        trade_off=row["trade_off"],
     )

@@ -49,6 +49,8 @@ async def run(
     budget: Budget | None = None,
     said_before: str = "",
     reach: Tier | str = Tier.CLOUD,
+    asker: str | None = None,
+    trade_off: float | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> RunResult:
     """Runs a graph to its result.
@@ -60,12 +62,16 @@ async def run(
         budget: What this run may spend; the graph's own budget if None.
         said_before: What the question may refer to: told to whoever is asked for a part of it, but not planned over.
         reach: How far up the question, what was said before and every part of it may go: `local`, `edge` or `cloud`.
+        asker: Whose question it is: answers in flight or in a cache are shared among the questions of one asker only,
+            and among all that name none.
+        trade_off: Money that a right answer is worth this time, for a graph that weighs the one against the other; as
+            the graph has it if None.
         on_event: Called with every event as it happens.
 
     Raises:
         AgoraError: If there is no result. A result with missing parts is a result, and says so.
     """
-    asked, run_id = _ask(question, budget, said_before, reach), run_id or new_run_id()
+    asked, run_id = _ask(question, budget, said_before, reach, asker, trade_off), run_id or new_run_id()
     if (how := how_of(graph)) is not None:
         return await run_directly(how, asked, checked_run_id(run_id), on_event or _nobody)
     return await _last(_events(graph, asked, run_id), on_event)
@@ -108,6 +114,8 @@ async def stream(
     budget: Budget | None = None,
     said_before: str = "",
     reach: Tier | str = Tier.CLOUD,
+    asker: str | None = None,
+    trade_off: float | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Runs a graph and yields its events as they happen; closing the iterator cancels the run.
 
@@ -118,13 +126,16 @@ async def stream(
         budget: What this run may spend; the graph's own budget if None.
         said_before: As for `run`.
         reach: As for `run`.
+        asker: As for `run`.
+        trade_off: As for `run`.
 
     Yields:
         Events; the last one is `RunFinished`, or `RunFailed` if there is no result.
     """
     run_id = run_id or new_run_id()
     try:
-        async with aclosing(_events(graph, _ask(question, budget, said_before, reach), run_id)) as events:
+        asked = _ask(question, budget, said_before, reach, asker, trade_off)
+        async with aclosing(_events(graph, asked, run_id)) as events:
             async for event in events:
                 yield event
     except AgoraError as e:
@@ -194,7 +205,14 @@ def _store_error(error: Exception) -> StoreError:
     return StoreError(f"the run store failed: {error}", hint="is the disk full, or the file damaged or locked?")
 
 
-def _ask(question: str, budget: Budget | None, said_before: str, reach: Tier | str) -> Ask:
+def _ask(
+    question: str,
+    budget: Budget | None,
+    said_before: str,
+    reach: Tier | str,
+    asker: str | None,
+    trade_off: float | None,
+) -> Ask:
     asked: Ask = {"question": question}
     if budget is not None:
         asked["budget"] = to_plain(budget)
@@ -202,6 +220,10 @@ def _ask(question: str, budget: Budget | None, said_before: str, reach: Tier | s
         asked["said_before"] = said_before
     if (bound := reach_of(reach)) is not Tier.CLOUD:
         asked["reach"] = label_of(bound)
+    if asker is not None:
+        asked["asker"] = asker
+    if trade_off is not None:
+        asked["trade_off"] = trade_off
     return asked
 
 

@@ -120,7 +120,7 @@ class Spend:
         """
         prompt = prompt_tokens(prompt_chars)
         want = card.max_tokens if max_tokens is None else min(max_tokens, card.max_tokens)
-        while self._promised and (self._room(card) - prompt < want or not self._beside(card.cost_of(prompt + want))):
+        while self._promised and not self.fits(card, prompt_chars, want):
             self._released.clear()
             await self._released.wait()
         allowed = min(want, self._room(card) - prompt)
@@ -135,10 +135,19 @@ class Spend:
             del self._promised[call], self._most[call]
             self._released.set()
 
-    def _beside(self, cost: float) -> bool:
-        """Whether so much money is left even if the calls in flight cost the most they can."""
+    def fits(self, card: ExpertCard, prompt_chars: int, want: int) -> bool:
+        """Whether a call can be paid in full beside those in flight, even if they cost the most they can.
+
+        Args:
+            card: Who is asked.
+            prompt_chars: Characters of the prompt.
+            want: Tokens that it may generate.
+        """
+        tokens = prompt_tokens(prompt_chars) + want
+        if self._room(card) < tokens:
+            return False
         limit = self._budget.cost
-        return limit is None or limit - self._spent.cost - sum(self._most.values()) >= cost
+        return limit is None or limit - self._spent.cost - sum(self._most.values()) >= card.cost_of(tokens)
 
     def _room(self, card: ExpertCard) -> int:
         """Tokens that a call to this expert may take now, prompt and generated together."""

@@ -27,7 +27,7 @@ __all__ = ["NotOurs", "RunExists", "RunRecord", "RunStatus", "RunStore", "Stored
 
 _LISTED: Final = (
     "id, question, graph, config, status, created_at, finished_at, error, owner, planner, budget, metadata, origin, "
-    "crashes, reach"
+    "crashes, reach, asker, trade_off"
 )
 
 _APPEND: Final = (
@@ -89,6 +89,8 @@ class RunStore:
         reach: Tier = Tier.CLOUD,
         metadata: Mapping[str, str] | None = None,
         origin: str | None = None,
+        asker: str | None = None,
+        trade_off: float | None = None,
     ) -> RunRecord:
         """Writes a run down before it starts. The arguments are those of `RunRecord`.
 
@@ -115,6 +117,8 @@ class RunStore:
             "origin": origin,
             "crashes": 0,
             "reach": None if reach is Tier.CLOUD else label_of(reach),
+            "asker": asker,
+            "trade_off": trade_off,
         }
         places = ", ".join("?" * len(row))
         try:

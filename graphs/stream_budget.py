@@ -19,7 +19,7 @@ from typing import Final
 from agora.errors import BudgetExceeded, InvalidRequest
 from agora.types import Budget, ExpertCard, Usage
 from graphs.experience import Experience
-from graphs.spend import Spend, most_cost, prompt_tokens, read_at_least
+from graphs.spend import Spend, read_at_least
 
 SECONDS_HINT: Final = "raise [vertical] stream_seconds, or start anew"
 COST_HINT: Final = "raise [vertical] stream_cost, or start anew"
@@ -32,13 +32,11 @@ class _Call:
     Attributes:
         started: Event-loop time of its start.
         expected: Seconds that it is expected to take.
-        most: Money that it can cost at most.
         timer: Breaks it off.
     """
 
     started: float
     expected: float
-    most: float
     timer: asyncio.Timeout
 
 
@@ -61,7 +59,6 @@ class StreamBudget:
         self, *, cost: float | None = None, seconds: float | None = None, experience: Experience | None = None
     ) -> None:
         self._money = Spend(Budget(cost=cost))
-        self._limit = cost
         try:
             Budget(deadline_s=seconds)
         except InvalidRequest:
@@ -113,7 +110,7 @@ class StreamBudget:
         want = card.max_tokens if max_tokens is None else min(max_tokens, card.max_tokens)
         expected = self.experience.seconds(card.name) or 0.0
         # Those in flight wait for nobody, so that they end, and this does.
-        while self._running and not (self._has_money(card, prompt_chars, want) and self._has_seconds(expected)):
+        while self._running and not (self._money.fits(card, prompt_chars, want) and self._has_seconds(expected)):
             self._changed.clear()
             await self._changed.wait()
         if (left := self.seconds_left) is not None and left <= 0:
@@ -123,17 +120,8 @@ class StreamBudget:
                 granted = await stack.enter_async_context(self._money.grant(card, prompt_chars, want))
             except BudgetExceeded as e:
                 raise BudgetExceeded(f"the budget for all questions is used up: {e.message}", hint=COST_HINT) from None
-            most = most_cost(card, prompt_chars, granted)
-            await stack.enter_async_context(self._timed(expected, most))
+            await stack.enter_async_context(self._timed(expected))
             yield granted
-
-    def _has_money(self, card: ExpertCard, prompt_chars: int, want: int) -> bool:
-        """Whether a call can be paid beside those in flight even if they cost the most they can."""
-        limit = self._limit
-        if limit is None:
-            return True
-        at_most = self.spent.cost + sum(c.most for c in self._running)
-        return limit - at_most >= card.cost_of(prompt_tokens(prompt_chars) + want)
 
     def _has_seconds(self, expected: float) -> bool:
         """Whether those in flight are expected to leave time for a call of that many seconds."""
@@ -144,12 +132,12 @@ class StreamBudget:
         return left - sum(max(0.0, c.expected - (now - c.started)) for c in self._running) > expected
 
     @asynccontextmanager
-    async def _timed(self, expected: float, most: float) -> AsyncIterator[None]:
+    async def _timed(self, expected: float) -> AsyncIterator[None]:
         clock = asyncio.get_running_loop().time
         timer = asyncio.timeout(None)
         try:
             async with timer:
-                call = _Call(started=clock(), expected=expected, most=most, timer=timer)
+                call = _Call(started=clock(), expected=expected, timer=timer)
                 self._running.append(call)
                 self._set_timers()
                 try:

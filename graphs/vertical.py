@@ -64,7 +64,8 @@ def vertical(
     """Builds the graph: plan, climb with every subtask as soon as its inputs are there, make one answer.
 
     Who is asked next, or whose answer is taken, says the first of these that there is: `policy`; the policy in `trust`;
-    a plain cascade up the ladder that takes the first answer with a confidence of at least `accept`.
+    a plain cascade up the ladder that takes the first answer with a confidence of at least `accept`. Nobody but the
+    last who may be asked is waited for until the deadline: see `graphs.patience`.
 
     Args:
         square: Who can be asked.
@@ -73,7 +74,8 @@ def vertical(
         policy: Decides whom to ask next. Names of its models that are not here are not asked.
         trust: Calibrators and policy that `agora calibrate` left: themselves, or a function that looks for those of
             the experts that are here, called again when someone joins or leaves; it may block.
-        trade_off: Money that an answer's being right is worth; None for what the policy was chosen for.
+        trade_off: Money that an answer's being right is worth, unless a question brings its own; None for what the
+            policy was chosen for.
         max_risk: Most accuracy that may be lost against always asking the top tier. Unless a policy is certified for
             that, the top tier alone is asked.
         confidence: Probability with which `max_risk` must hold.
@@ -88,7 +90,7 @@ def vertical(
         synthesiser: Makes one answer of the parts; puts them one under the other if None.
         embedder: Turns questions into vectors, for policies that look at them.
         departure: What is done to a text before it leaves this machine's tier.
-        once: Makes identical calls once, and may keep answers.
+        once: Makes identical calls of one asker once, and may keep answers.
         budget: What a run may spend, unless its input says otherwise.
         max_parallel: Subtasks of one run asked at the same time.
         max_attempts: Experts that may fail for one subtask before those left are not asked any more.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,13 +17,13 @@ from agora.cli.tables import print_table
 from agora.cli.text import clean, first_line
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from rich.progress import Progress, TaskID
 
     from agora.config import Config
-    from agora.routing.trust import Version
+    from agora.types import Tier
+    from graphs import calibrate as calibration
     from graphs.calibration_fit import ExpertResult, PolicyResult, Result
-    from graphs.calibration_journal import Graded, Journal
+    from graphs.calibration_journal import Journal
     from graphs.calibration_questions import Labelled
 
 QUARTERS = 4
@@ -37,8 +38,8 @@ def calibrate(
             "--data",
             "-d",
             metavar="FILE",
-            help='Questions with known answers: JSONL (or .jsonl.gz) of {"question", "answer"}, with "choices" and '
-            '"grader" (exact, number, choice, contains) where wanted.',
+            help='Questions with known answers: JSONL (or .jsonl.gz) of {"question", "answer"}, with "choices", '
+            '"grader" (exact, number, choice, contains) and "label" (local, edge, cloud) where wanted.',
         ),
     ],
     experts: Annotated[
@@ -48,6 +49,19 @@ def calibrate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only the first so many questions.")] = None,
+    reach: Annotated[
+        str | None,
+        typer.Option("--reach", metavar="LABEL", help="How far the questions may go: local, edge or cloud."),
+    ] = None,
+    at_once: Annotated[
+        int,
+        typer.Option(
+            "--at-once",
+            min=1,
+            help="Questions one machine is asked at once. More is quicker, but the seconds then include waiting, and a "
+            "policy that is to keep a deadline takes the experts for slower than they are.",
+        ),
+    ] = 1,
     resume: Annotated[
         bool, typer.Option("--resume/--fresh", help="Go on with what was answered before, or ask everything again.")
     ] = True,
@@ -58,133 +72,113 @@ def calibrate(
     """Learn how far each expert can be trusted, and when to ask a dearer one.
 
     Asks every expert all questions, grades the answers, and writes calibrators, the policy and its guarantee into the
-    policy folder. Stopped with Ctrl-C, the same command goes on where it was.
+    policy folder; a running `agora serve` takes them into use. Stopped with Ctrl-C, the same command goes on where it
+    was.
     """
     from agora.cli.settings import read_config
+    from agora.types import Tier, reach_of
+    from graphs.calibrate import check_enough
     from graphs.calibrating import JOURNAL, policy_folder
-    from graphs.calibration_fit import Wishes, fit_all
     from graphs.calibration_journal import Journal
     from graphs.calibration_questions import read_questions
 
     invocation = of(context)
     invocation.json = json
     # Everything that can be wrong is told before anybody is asked, which may take hours and cost money.
+    may_see = Tier.CLOUD if reach is None else reach_of(reach, what="--reach")
     questions = read_questions(data, limit=limit)
-    _check_enough(questions, data)
+    check_enough(questions, data)
     settings = read_config(config)
     folder = policy_folder(settings)
-    named = _names(experts) if experts is not None else settings.vertical.experts
+    order = _Order(
+        config=settings,
+        questions=questions,
+        named=_names(experts) if experts is not None else None,
+        reach=may_see,
+        at_once=at_once,
+        pull=not no_pull,
+    )
     with Journal(folder / JOURNAL, fresh=not resume) as journal:
         if journal.damaged:
             invocation.note(f"{journal.damaged} damaged lines of {journal.path} are passed over", keep=True)
-        graded, vectors = run_async(_ask(invocation, settings, questions, named, journal, pull=not no_pull))
-        wishes = Wishes(
-            trade_off=settings.vertical.trade_off,
-            max_risk=settings.vertical.max_risk,
-            confidence=settings.vertical.confidence,
-            deadline=settings.graph.deadline_s,
-        )
-        invocation.note("fitting")
-        result = fit_all(folder, questions, graded, wishes, embeddings=vectors)
+        result = run_async(_calibrate(invocation, order, journal))
     if json:
         invocation.print_json({"folder": str(folder), "questions": len(questions), **result.to_dict()})
     else:
         _tell(invocation, result, folder)
 
 
-def _check_enough(questions: Sequence[Labelled], data: Path) -> None:
-    """Says so before asking if there are too few questions to learn anything from.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """What to do.
 
-    Raises:
-        CannotCalibrate: If there are.
+    Attributes:
+        config: The configuration.
+        questions: What is asked.
+        named: Who is asked; None for those of the configuration.
+        reach: The highest tier whose machines may see the questions.
+        at_once: Questions one machine is asked at once.
+        pull: Whether missing models may be fetched.
     """
-    from agora.routing.trust import CannotCalibrate
-    from agora.routing.trust.calibrator import MIN_LABELS
 
-    if len(questions) < MIN_LABELS:
-        raise CannotCalibrate(
-            f"{len(questions)} questions of {data}; at least {MIN_LABELS} are needed, a few hundred are better",
-            hint="give a longer file, or a larger --limit",
-        )
+    config: Config
+    questions: Sequence[Labelled]
+    named: tuple[str, ...] | None
+    reach: Tier
+    at_once: int
+    pull: bool
 
 
 def _names(given: str) -> tuple[str, ...]:
     return tuple(n for n in (part.strip() for part in given.split(",")) if n)
 
 
-async def _ask(
-    invocation: Invocation,
-    config: Config,
-    questions: Sequence[Labelled],
-    named: Sequence[str] | None,
-    journal: Journal,
-    *,
-    pull: bool,
-) -> tuple[dict[str, dict[str, Graded]], NDArray[np.float32] | None]:
-    """Asks what has not been answered yet.
-
-    Returns:
-        All outcomes, by expert and question; and the questions' embeddings, where there is an embedding model.
-    """
+async def _calibrate(invocation: Invocation, order: _Order, journal: Journal) -> Result:
     from agora.cli.progress import pulls
     from agora.cli.running import joined_neighbours
     from experts.build import expert_cards, open_square
     from graphs.build import open_router
-    from graphs.calibrating import version_of
-    from graphs.calibration_asking import Order, ask_all, ladder
+    from graphs.calibrate import calibrate, who
     from graphs.calibration_fit import too_many
     from graphs.signals.gathering import checked_signals
 
-    signals = checked_signals(config.vertical.signals)
-    _check_names(config, named, [c.name for c in expert_cards(config)])
+    config = order.config
+    checked_signals(config.vertical.signals)
+    _check_names(config, order.named, [c.name for c in expert_cards(config)])
     async with AsyncExitStack() as stack:
         with pulls(invocation) as view:
             view.doing("opening the experts")
-            square = await open_square(config, pull=pull, progress=view)
+            square = await open_square(config, pull=order.pull, progress=view)
             stack.push_async_callback(square.aclose)
-            routing = await stack.enter_async_context(open_router(config, pull=pull, progress=view))
+            routing = await stack.enter_async_context(open_router(config, pull=order.pull, progress=view))
             if config.neighbours:
                 await stack.enter_async_context(joined_neighbours(config, square))
-        here = {e.name: e for e in square}
-        # Neighbours' experts only where they are named: nobody's machine is asked hundreds of questions by the way.
-        names = ladder(here if named is not None else {n: e for n, e in here.items() if n in config.experts}, named)
-        if why := too_many(len(names)):
-            invocation.note(f"confidences can be learned, but no policy: {why}", keep=True)
-        experts = {n: (here[n], version_of(here[n], config)) for n in names}
-        order = Order(
-            questions=questions,
-            experts=experts,
-            signals=signals,
-            samples=config.vertical.samples,
-            max_parallel=config.graph.max_parallel,
-        )
-        # What failed before is asked again: whatever stood in the way may be gone.
-        done = {key for key, outcome in journal.known.items() if not outcome.error}
-        versions = {n: version for n, (_, version) in experts.items()}
-        began = {n: sum((q.key, v, signals) in done for q in questions) for n, v in versions.items()}
-        with _counting(invocation, {n: len(questions) for n in names}, began) as count:
-
-            def tell(name: str, outcome: Graded) -> None:
-                journal.put(outcome)
-                count(name)
-
-            try:
-                await ask_all(order, done, tell)
-            except BaseException:
-                invocation.note(f"stopped; what was answered is in {journal.path}: the same command goes on", keep=True)
-                raise
         for note in routing.notes:
             invocation.note(note)
-        vectors = await routing.embedder.embed([q.text for q in questions]) if routing.embedder is not None else None
-    found = _outcomes(questions, versions, signals, journal)
-    # What was answered at another price would have cost another amount today.
-    return {
-        n: {k: o.priced(here[n].card.price_per_mtok) for k, o in told.items()} for n, told in found.items()
-    }, vectors
+        names = who(square, config, order.named, reach=order.reach)
+        if why := too_many(len(names)):
+            invocation.note(f"confidences can be learned, but no policy: {why}", keep=True)
+        shown = stack.enter_context(_Shown(invocation))
+        try:
+            return await calibrate(
+                square,
+                order.questions,
+                config=config,
+                experts=names,
+                embedder=routing.embedder,
+                reach=order.reach,
+                at_once=order.at_once,
+                journal=journal,
+                tell=shown,
+            )
+        except BaseException:
+            if shown.began:
+                invocation.note(f"stopped; what was answered is in {journal.path}: the same command goes on", keep=True)
+            raise
 
 
 def _check_names(config: Config, named: Sequence[str] | None, known: Sequence[str]) -> None:
-    """Before any model is loaded.
+    """Looks before any model is loaded.
 
     Raises:
         InvalidRequest: If one that is named does not exist.
@@ -200,45 +194,50 @@ def _check_names(config: Config, named: Sequence[str] | None, known: Sequence[st
         raise InvalidRequest(f"no expert {unknown[0]!r} in the configuration; there are: {', '.join(known)}")
 
 
-def _outcomes(
-    questions: Sequence[Labelled], versions: Mapping[str, Version], signals: tuple[str, ...], journal: Journal
-) -> dict[str, dict[str, Graded]]:
-    return {
-        name: {q.key: found for q in questions if (found := journal.known.get((q.key, version, signals))) is not None}
-        for name, version in versions.items()
-    }
+class _Shown:
+    """Shows how many questions each expert has answered: bars in a terminal, now and then a line elsewhere."""
 
+    def __init__(self, invocation: Invocation) -> None:
+        self._invocation = invocation
+        self.began = False
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
 
-@contextmanager
-def _counting(
-    invocation: Invocation, totals: Mapping[str, int], began: Mapping[str, int]
-) -> Iterator[Callable[[str], None]]:
-    """Shows how many questions each expert has answered."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def __enter__(self) -> _Shown:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    done = dict(began)
-    if invocation.json or not invocation.err.is_terminal:
-        for name, before in began.items():
-            if before:
-                invocation.note(f"{name}: {before} of {totals[name]} answered before")
+        if not self._invocation.json and self._invocation.err.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self._invocation.err,
+                transient=True,
+            )
+            self._bars.start()
+        return self
 
-        def say(name: str) -> None:
-            done[name] += 1
-            step = max(1, totals[name] // QUARTERS)
-            if done[name] % step == 0 or done[name] == totals[name]:
-                invocation.note(f"{name}: {done[name]} of {totals[name]}")
+    def __exit__(self, *how: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
 
-        yield say
-        return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=invocation.err, transient=True) as bars:
-        tasks = {n: bars.add_task(clean(n), total=total, completed=began[n]) for n, total in totals.items()}
-        yield lambda name: bars.advance(tasks[name])
+    def __call__(self, told: calibration.Progress) -> None:
+        self.began = True
+        name, done, total = told.expert, told.done, told.total
+        if name is None:
+            self.__exit__()
+            self._invocation.note("fitting")
+        elif self._bars is not None:
+            if told.outcome is None:
+                self._tasks[name] = self._bars.add_task(clean(name), total=total, completed=done)
+            else:
+                self._bars.update(self._tasks[name], completed=done)
+        elif told.outcome is None:
+            if done:
+                self._invocation.note(f"{name}: {done} of {total} answered before")
+        elif done % max(1, total // QUARTERS) == 0 or done == total:
+            self._invocation.note(f"{name}: {done} of {total}")
 
 
 def _tell(invocation: Invocation, result: Result, folder: Path) -> None:

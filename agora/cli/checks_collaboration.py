@@ -57,6 +57,14 @@ def links(config: Config) -> Iterator[Finding]:
             hint=f"this machine has {', '.join(sorted(here))}",
         )
         return
+    from agora.errors import ConfigError
+    from experts.paths import played_of
+
+    try:
+        played_of(config)
+    except ConfigError as e:
+        yield Finding(what=what, status="fail", detail=e.message, hint=e.hint)
+        return
     used = {n for e in config.experts.values() for n in (e.node, *e.also)}
     used |= {link.source for link in config.links.values()}
     idle = [name for name, link in config.links.items() if link.target not in used]

@@ -81,7 +81,7 @@ async def joined_neighbours(config: Config, square: Square) -> AsyncIterator[Non
     """The neighbours' experts, in the square for as long as the block lasts."""
     from agora.serve.neighbours import Neighbours
     from agora.serve.node import node_name
-    from experts.build import check_keys
+    from experts.build import check_keys, follow_tiers
     from experts.passage import new_node_id
 
     check_keys(config, neighbours=True)
@@ -91,6 +91,7 @@ async def joined_neighbours(config: Config, square: Square) -> AsyncIterator[Non
         node_id=new_node_id(),
         node_name=node_name(config),
         max_hops=config.server.max_hops,
+        on_tiers=partial(follow_tiers, config, square),
     )
     await neighbours.start()
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,8 +32,11 @@ class VerticalConfig(Table):
         stream_cost: Most money for all questions since the start.
         stream_seconds: Most seconds of answering for all questions since the start.
         condense_tokens: Tokens to which the end tier condenses a longer text before it leaves; absent for no limit.
+        extract: Most passages of a text that the end tier pulls out before it leaves, those that have something to do
+            with what is asked; absent for the whole text.
         redact: Kinds of personal data that the end tier replaces before a text leaves.
-        cache: Whether answers are kept and given again to the same request; never sampled or private ones.
+        cache: Whether answers are kept and given again to the same request of the same API key; never sampled or
+            private ones.
         cache_entries: Most answers kept.
     """
 
@@ -48,9 +51,20 @@ class VerticalConfig(Table):
     stream_cost: Positive | None = None
     stream_seconds: Positive | None = None
     condense_tokens: Annotated[int, Field(ge=16)] | None = None
+    extract: Count | None = None
     redact: Texts = ()
     cache: bool = False
     cache_entries: Count = 1024
+
+    @property
+    def departure(self) -> dict[str, Any]:
+        """The keys that say what is done to a text before it leaves the end tier, as far as they are set."""
+        said = {
+            "redact": sorted(self.redact),
+            "condense_tokens": self.condense_tokens,
+            "extract": self.extract,
+        }
+        return {key: value for key, value in said.items() if value}
 
 
 class MultiAccessConfig(Table):
@@ -90,6 +104,10 @@ class LinkConfig(Table):
         availability: Share of the time that it works.
         local_address: IP address of this machine whose interface the link goes out by, for links from `here`.
         url: Where the target listens on this link, if not where its node or neighbour says.
+        trace: Table of recorded bandwidth that the link follows from the start on: CSV, gzipped if its name ends in
+            `.gz`, with `t_s` and one or both of `down_mbps` and `up_mbps`, or `mbps` for both ways alike.
+        trace_loop: Whether it begins again at its end, or else stays as it was last.
+        trace_speed: How many times as fast it is played.
     """
 
     source: Name = HERE
@@ -102,6 +120,9 @@ class LinkConfig(Table):
     availability: Annotated[float, Field(gt=0, le=1)] | None = None
     local_address: Text | None = None
     url: Text | None = None
+    trace: FilePath | None = None
+    trace_loop: bool = True
+    trace_speed: Positive = 1.0
 
     @model_validator(mode="after")
     def _fits(self) -> LinkConfig:
@@ -109,4 +130,6 @@ class LinkConfig(Table):
             raise ValueError(f"goes from {self.source!r} to itself")
         if self.local_address is not None and self.source != HERE:
             raise ValueError(f'local_address is for links from "{HERE}"')
+        if self.trace is None and (played := sorted(self.model_fields_set & {"trace_loop", "trace_speed"})):
+            raise ValueError(f"{played[0]} says how a trace is played: it needs trace, the file")
         return self

@@ -84,9 +84,14 @@ def error_of(problems: Iterable[Problem], *, origin: str, text: str = "") -> Con
     return ConfigError(f"{origin}: {len(told)} problems{body}")
 
 
-def problems_of(error: ValidationError) -> list[Problem]:
-    """What pydantic found, in the words of this file."""
-    return [_problem(e) for e in error.errors(include_url=False)]
+def problems_of(error: ValidationError, *, root: type[BaseModel] = Config) -> list[Problem]:
+    """What pydantic found, in the words of this file.
+
+    Args:
+        error: What it raised.
+        root: What it checked, to tell which keys are allowed.
+    """
+    return [_problem(e, root) for e in error.errors(include_url=False)]
 
 
 def dotted(key: Key) -> str:
@@ -123,9 +128,11 @@ def nearest(word: str, allowed: Collection[str]) -> str:
     return f"{meant}allowed: {', '.join(allowed) or 'none'}"
 
 
-def _problem(error: Any) -> Problem:
+def _problem(error: Any, root: type[BaseModel]) -> Problem:
     key = _key(error["loc"])
     kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return _unknown(key, error, root)
     describe: Callable[[Key, Any], Problem] | None = _TEXTS.get(kind)
     if describe is not None:
         return describe(key, error)
@@ -154,8 +161,8 @@ def _missing(key: Key, error: Any) -> Problem:
     return Problem(key=key, text="is required")
 
 
-def _unknown(key: Key, error: Any) -> Problem:
-    allowed = _allowed(tuple(str(p) for p in error["loc"][:-1]))
+def _unknown(key: Key, error: Any, root: type[BaseModel]) -> Problem:
+    allowed = _allowed(tuple(str(p) for p in error["loc"][:-1]), root)
     hint = nearest(key[-1], allowed)
     if is_secret(key) and "api_key_env" in allowed:
         hint = f"keys do not belong in this file; name an environment variable in api_key_env. {hint}"
@@ -185,7 +192,6 @@ def _not_table(key: Key, error: Any) -> Problem:
 
 _TEXTS: Final[Mapping[str, Callable[[Key, Any], Problem]]] = {
     "missing": _missing,
-    "extra_forbidden": _unknown,
     "union_tag_not_found": _no_kind,
     "union_tag_invalid": _bad_kind,
     "string_pattern_mismatch": _bad_name,
@@ -195,9 +201,9 @@ _TEXTS: Final[Mapping[str, Callable[[Key, Any], Problem]]] = {
 }
 
 
-def _allowed(loc: tuple[str, ...]) -> list[str]:
+def _allowed(loc: tuple[str, ...], root: type[BaseModel]) -> list[str]:
     """The keys that may stand in the table at that place."""
-    found: Any = Config
+    found: Any = root
     for part in loc:
         if isinstance(found, type) and issubclass(found, BaseModel) and part in found.model_fields:
             found = found.model_fields[part].annotation

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from agora.config.table import Table
 from agora.config.values import AnyTier, Count, FilePath, Name, NotNegative, Positive, Text, Url, Variable
-from agora.types import Tier
 
 DEFAULT_PORT: Final = 8711
 """Port of the gateway: registered for nothing, beside none of the usual model servers (8000, 8080, 11434)."""
@@ -24,6 +23,8 @@ class ServerConfig(Table):
         host: Address to bind to; 127.0.0.1 is reachable from this machine only.
         port: TCP port.
         name: What the node is called among its neighbours; absent for the machine's host name.
+        tier: Where this machine stands; its card tells it to those who say nothing of it themselves. A node that passes
+            requests on, and has no experts of its own, is the cloud to them without it.
         keys: File of API keys, kept as hashes (`agora keys`); absent for a server that asks for none, which is refused
             on any address but a loopback one.
         max_body_bytes: Largest body of a request.
@@ -43,6 +44,7 @@ class ServerConfig(Table):
     host: Text = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = DEFAULT_PORT
     name: Name | None = None
+    tier: AnyTier | None = None
     keys: FilePath | None = None
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 2**20
     max_connections: Count = 1024
@@ -66,7 +68,8 @@ class NeighbourConfig(Table):
         api_key_env: Name of the environment variable that holds the API key it gave this node.
         experts: Names of its experts that may be asked; absent for all.
         tier: Where its machine stands: what may not go as far is not sent to it, whatever it says of its experts. It is
-            `end` for another machine of one's own.
+            `end` for another machine of one's own, which only this key can say. Absent for what its card tells, at
+            least `edge`; while nothing is told, `cloud`.
         refresh_s: Seconds between two looks at its cards and its health.
         timeout_s: Seconds for a whole request.
         max_running: Most requests sent to it at once; absent for any number.
@@ -75,7 +78,7 @@ class NeighbourConfig(Table):
     url: Url
     api_key_env: Variable | None = None
     experts: Annotated[tuple[Text, ...], Field(strict=False)] | None = None
-    tier: AnyTier = Tier.EDGE
+    tier: AnyTier | None = None
     refresh_s: Positive = 5.0
     timeout_s: Positive | None = None
     max_running: Count | None = None

@@ -19,10 +19,22 @@ from agora.errors import AgoraError, OutOfReach
 from agora.routing.takers import beyond
 from agora.serve import about, card, runs_api
 from agora.serve.answer import answer
-from agora.serve.asked import ERROR, HELD, MODEL, REQUEST_ID, STREAM, Asked, Path, envelope, label, read_object
+from agora.serve.asked import (
+    CALLER,
+    ERROR,
+    HELD,
+    MODEL,
+    REQUEST_ID,
+    STREAM,
+    Asked,
+    Path,
+    envelope,
+    label,
+    read_object,
+)
 from agora.serve.errors import ApiError, error_body, error_response, internal_error
 from agora.serve.forward import forward
-from agora.serve.keys import ANYBODY, Caller, Role
+from agora.serve.keys import ANYBODY, Role
 from agora.serve.node import LOOPBACK, NODE, Node
 from agora.serve.reason import reason
 from agora.serve.runs_api import RUNS
@@ -34,7 +46,6 @@ from experts.replicas import ReplicaSet
 
 log = logging.getLogger(__name__)
 
-CALLER: Final = web.RequestKey("caller", Caller)
 ID: Final = web.RequestKey("id", str)
 
 OPEN: Final = frozenset({"/healthz", "/readyz"})

@@ -12,11 +12,15 @@ from aiohttp import web
 
 from agora.errors import AgoraError, DeadlineExceeded, InvalidRequest
 from agora.serve.errors import JSON, ApiError
+from agora.serve.keys import ANYBODY, Caller
 from agora.serve.node import Node
 from agora.serve.wire import shown
 from agora.types import Tier, reach_of
 
 Path = Literal["chat/completions", "completions"]
+
+CALLER: Final = web.RequestKey("caller", Caller)
+"""Key of a request under which whoever sent it is kept."""
 
 MODEL: Final = web.RequestKey("model", str)
 """Key of a request under which the model that it names is kept for log and metrics, once it is known to be served."""
@@ -59,6 +63,11 @@ class Asked:
     reach: Tier = Tier.CLOUD
 
     @property
+    def asker(self) -> str | None:
+        """Whose question it is."""
+        return asker_of(self.request)
+
+    @property
     def model(self) -> str:
         """The model it names."""
         return str(self.body["model"])
@@ -92,6 +101,13 @@ class Asked:
         if left <= 0:
             raise DeadlineExceeded("the time for this request is up", hint="give it more, or ask when less is going on")
         return left
+
+
+def asker_of(request: web.Request) -> str | None:
+    """Who must not learn from an answer, or from how soon it comes, what others ask; None without API keys, where
+    nobody is told apart."""
+    caller = request.get(CALLER, ANYBODY)
+    return None if caller is ANYBODY else caller.name
 
 
 async def read_object(request: web.Request, node: Node) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from agora.config import NeighbourConfig
 from agora.serve.look import Looks
 from agora.serve.node_card import MAX_EXPERTS, Node
 from agora.serve.offers import Offer
+from agora.types import Tier
 from experts.neighbour import Engine, Line
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class KnownNeighbour:
         self.node: Node | None = None
         self.revision: str | None = None
         self.offers: tuple[Offer, ...] = ()
+        self.tier: Tier | None = None
         self.engines: dict[str, Engine] = {}
         self.lies: set[str] = set()
         self.up = False

@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -23,10 +23,12 @@ from agora.errors import BackendError, BackendTimeout, ConfigError
 from agora.serve.look import Lookout, MakeLookout
 from agora.serve.neighbour import FAILURES, KnownNeighbour, NeighbourState
 from agora.serve.node_card import CardWriter, Node, NodeCard, WrongCard, version
-from agora.serve.offers import Offer, chosen, offers_of
+from agora.serve.offers import Offer, chosen, offers_of, standing
 from agora.square import Expert, Square
+from agora.types import Tier
 from experts.neighbour import TIMEOUT_S, Line, NeighbourBackend
 from experts.slots import Slots
+from graphs.calibration_version import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,9 @@ class Neighbours:
         environment: Where API keys are looked up; that of the process if None.
         rng: Where the jitter comes from.
         lookouts: What makes the one who looks at a neighbour.
+        made_of: What stands for what makes an expert's answers, for this node's card.
+        tier: Where this machine stands; None if nobody says.
+        on_tiers: Told where the neighbours that are up stand, by their names here, whenever that changes.
 
     Raises:
         ConfigError: If an environment variable that should hold a key is not set.
@@ -74,13 +79,18 @@ class Neighbours:
         environment: Mapping[str, str] | None = None,
         rng: random.Random | None = None,
         lookouts: MakeLookout = Lookout,
+        made_of: Callable[[Expert], str] = fingerprint,
+        tier: Tier | None = None,
+        on_tiers: Callable[[Mapping[str, Tier]], None] = lambda _: None,
     ) -> None:
         self._square = square
         self._lookouts = lookouts
         self._max_hops = max_hops
         self._rng = rng or random.Random()
-        self._node = Node(id=node_id, name=node_name, version=version())
-        self._writer = CardWriter(self._node, square, max_hops=max_hops)
+        self._node = Node(id=node_id, name=node_name, version=version(), tier=tier)
+        self._on_tiers = on_tiers
+        self._told_tiers: Mapping[str, Tier] = {}
+        self._writer = CardWriter(self._node, square, max_hops=max_hops, made_of=made_of)
         self._keys = _keys(config, os.environ if environment is None else environment)
         self._all = {name: self._neighbour(name, c) for name, c in config.items()}
         self._joined: dict[str, tuple[Offer, NeighbourBackend]] = {}
@@ -205,13 +215,14 @@ class Neighbours:
             neighbour.engines = {}
             neighbour.told.clear()
         if card.experts is not None:
+            neighbour.tier = standing(card.experts, card.node, configured=neighbour.config.tier)
             offers, refused = offers_of(
                 neighbour.name,
                 card.experts,
                 node=self._node.id,
                 max_hops=self._max_hops,
                 wanted=neighbour.config.experts,
-                tier=neighbour.config.tier,
+                tier=neighbour.tier,
             )
             if card.revision != neighbour.revision:
                 neighbour.lies.clear()
@@ -265,6 +276,10 @@ class Neighbours:
         """Makes the square hold those that should be there, and no others."""
         if self._closed:
             return
+        tiers = {name: n.tier for name, n in self._all.items() if n.up and n.tier is not None}
+        if tiers != self._told_tiers:
+            self._told_tiers = tiers
+            self._on_tiers(tiers)
         held = self._held()
         offers = [
             o
@@ -306,6 +321,7 @@ class Neighbours:
             line=neighbour.line,
             way=offer.told.path,
             engine=neighbour.engine(offer.told.engine),
+            told_version=offer.told.made_of,
             capabilities=offer.told.can(),
             api_key=self._keys[offer.neighbour],
             timeout_s=neighbour.config.timeout_s or TIMEOUT_S,

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -27,10 +28,11 @@ from agora.serve.metrics import Metrics
 from agora.serve.neighbours import Neighbours
 from agora.serve.runs import Runs
 from agora.square import Expert, Square
-from experts.build import check_keys, open_square
+from experts.build import check_keys, follow_tiers, open_square
 from experts.models import ModelStore
 from experts.nodes import OnPull, scaling_targets
 from graphs.build import Graph, build_graph, open_router
+from graphs.calibration_version import fingerprint
 from graphs.store import RunStore
 
 log = logging.getLogger(__name__)
@@ -175,7 +177,14 @@ async def open_node(
             config=config,
         )
         neighbours = Neighbours(
-            square, config.neighbours, node_id=node_id, node_name=node_name(config), max_hops=server.max_hops
+            square,
+            config.neighbours,
+            node_id=node_id,
+            node_name=node_name(config),
+            max_hops=server.max_hops,
+            made_of=lambda expert: fingerprint(expert, config),
+            tier=server.tier,
+            on_tiers=partial(follow_tiers, config, square),
         )
         node = Node(
             config=config,

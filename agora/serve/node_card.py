@@ -4,12 +4,14 @@
      "revision": "9f3a…-7",
      "loads": {"e0": {"running": 3, "waiting": 0}},
      "experts": [{"name": "finance", "description": "…", …, "capabilities": {…}, "engine": "e0",
-                  "path": ["9f3a…"], "origin": "9f3a…", "origin_name": "edge-2", "name_there": "finance", "hops": 0}]}
+                  "path": ["9f3a…"], "origin": "9f3a…", "origin_name": "edge-2", "name_there": "finance", "hops": 0,
+                  "made_of": "77aa…"}]}
 
 `path` holds the machines that a request to the expert passes, this node first, its own (`origin`) last. Whoever sees
 itself in a path drops it, so that routes neither form circles nor outlive their end by counting up: a path-vector
 protocol, as BGP is (RFC 4271, section 9.1.2). Experts with the same `engine` share its load. A reader who names the
-`revision` it knows gets `experts: null` for as long as that holds, and the loads alone.
+`revision` it knows gets `experts: null` for as long as that holds, and the loads alone. `made_of` stands for the model,
+adapter and prompt of an expert: what was learned of its answers counts for as long as it stays the same.
 
 There are no prompts, keys or addresses in a card.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -32,6 +34,7 @@ from agora.square import Expert, Square
 from agora.types import ExpertCard, Modality, to_plain
 from agora.types.tasks import MAX_TOKENS
 from experts.passage import MOST_HOPS
+from graphs.calibration_version import aliases_now, fingerprint
 
 MAX_CARD_BYTES: Final = 2**20
 """Largest card read. 256 experts as wordy as the ready ones (2.1 kB each) are half of it."""
@@ -81,11 +84,13 @@ _Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 
 class Node(_Read):
-    """Who a node is: an id that is new with each start, the name its owner gave it, and agora's version."""
+    """Who a node is: an id that is new with each start, the name its owner gave it, agora's version, and where its
+    machine stands, if its owner says."""
 
     id: NodeId
     name: Name
     version: Annotated[str, BeforeValidator(_printable), StringConstraints(max_length=64)] = ""
+    tier: AnyTier | None = None
 
 
 class ToldLoad(_Read):
@@ -128,6 +133,7 @@ class ToldExpert(_Read):
     origin_name: Name
     name_there: Name
     hops: Annotated[int, Field(ge=0, le=MOST_HOPS)]
+    made_of: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{0,64}$")] = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> ToldExpert:
@@ -262,21 +268,31 @@ class CardWriter:
         node: Who this is.
         square: Whose experts are told.
         max_hops: Longest way told on, in machines that a request passes after those who read the card.
+        made_of: What stands for what makes an expert's answers.
     """
 
-    def __init__(self, node: Node, square: Square, *, max_hops: int) -> None:
+    def __init__(
+        self, node: Node, square: Square, *, max_hops: int, made_of: Callable[[Expert], str] = fingerprint
+    ) -> None:
         self._node = node
         self._square = square
         self._max_hops = max_hops
-        self._version: int | None = None
+        self._made_of = made_of
+        self._seen: Hashable = None
+        self._aliases: Hashable = ()
+        self._moves = 0
         self._experts: list[dict[str, Any]] = []
         self._engines: dict[str, Backend] = {}
         self._labels = itertools.count()
 
     @property
     def revision(self) -> str:
-        """Changes whenever somebody joins or leaves."""
-        return f"{self._node.id}-{self._square.version}"
+        """Changes whenever somebody joins or leaves, and when an adapter's alias stands for another one."""
+        aliases = aliases_now(self._square.experts)
+        if aliases != self._aliases:
+            self._aliases = aliases
+            self._moves += 1
+        return f"{self._node.id}-{self._square.version}" + (f"-{self._moves}" if self._moves else "")
 
     def write(self, ways: Mapping[str, Way], *, known: str | None = None) -> dict[str, Any]:
         """The card as it is now, as plain JSON values.
@@ -285,21 +301,22 @@ class CardWriter:
             ways: Where the experts are that came from neighbours, by their names here.
             known: The revision that the reader has.
         """
-        if self._version != self._square.version:
+        revision = self.revision
+        if self._seen != revision:
+            self._seen = revision
             self._collect(ways)
         loads = {e: backend.load for e, backend in self._engines.items()}
         return {
-            "node": self._node.model_dump(),
-            "revision": self.revision,
+            "node": self._node.model_dump(exclude_none=True),
+            "revision": revision,
             "loads": {
                 e: {"running": min(v.running, MAX_LOAD), "waiting": min(v.waiting, MAX_LOAD)} for e, v in loads.items()
             },
-            "experts": None if known == self.revision else self._experts,
+            "experts": None if known == revision else self._experts,
         }
 
     def _collect(self, ways: Mapping[str, Way]) -> None:
         """What stays the same until somebody joins or leaves: nearer experts first, as far as a card can hold them."""
-        self._version = self._square.version
         # A label stays with its backend and is never given to another one: readers count by it.
         labels = {id(backend): label for label, backend in self._engines.items()}
         self._experts, self._engines = [], {}
@@ -338,6 +355,7 @@ class CardWriter:
             "origin_name": way.origin_name if way else self._node.name,
             "name_there": way.name_there if way else expert.name,
             "hops": len(path) - 1,
+            "made_of": self._made_of(expert),
         }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from agora.serve.node_card import ToldExpert, Way
-from agora.types import ID, ExpertCard, Tier, lowest
+from agora.serve.node_card import Node, ToldExpert, Way
+from agora.types import ID, ExpertCard, Tier, highest, lowest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ def offers_of(
     node: str,
     max_hops: int,
     wanted: Collection[str] | None,
-    tier: Tier = Tier.EDGE,
+    tier: Tier | None = None,
 ) -> tuple[tuple[Offer, ...], tuple[str, ...]]:
     """What a neighbour's card offers to this node.
 
@@ -60,11 +60,12 @@ def offers_of(
         max_hops: Machines that a request which begins here may pass.
         wanted: Names there that may be asked; None for all.
         tier: Where the neighbour's machine stands, as seen from here: every request to its experts gets there, and what
-            is the end tier to it is another machine to this one.
+            is the end tier to it is another machine to this one. `standing` of what it tells, if None.
 
     Returns:
         The offers; and what is left out for a reason that its owner can mend.
     """
+    tier = standing(told) if tier is None else tier
     offers, refused = [], []
     tiers = _tiers(told)
     for entry in told:
@@ -75,17 +76,37 @@ def offers_of(
             refused.append(f"{entry.name}: its name here, {name!r}, would be longer than 64 characters")
             continue
         passed = [tiers[relay] for relay in entry.path[:-1] if relay in tiers]
-        card = replace(entry.card(name), tier=max((tier, entry.tier, *passed), key=lambda tier: tier.height))
+        card = replace(entry.card(name), tier=highest(tier, entry.tier, *passed))
         offers.append(Offer(neighbour=neighbour, name=name, told=entry, card=card))
     return tuple(offers), tuple(refused)
+
+
+def standing(told: Sequence[ToldExpert], node: Node | None = None, *, configured: Tier | None = None) -> Tier:
+    """Where a neighbour's machine stands, as seen from here.
+
+    What is configured here counts. Else what its card says of it, or else the tier of its own experts, which are on it
+    or on servers behind it, further up; but it is no machine of one's own because it says so. Where it tells nothing,
+    as one that only passes requests on, it is as far up as can be.
+
+    Args:
+        told: The experts on its card.
+        node: Who it says it is.
+        configured: What this node's configuration says of it.
+    """
+    if configured is not None:
+        return configured
+    if node is not None and node.tier is not None:
+        return highest(Tier.EDGE, node.tier)
+    own = [entry.tier for entry in told if entry.hops == 0]
+    return highest(Tier.EDGE, lowest(*own)) if own else Tier.CLOUD
 
 
 def _tiers(told: Sequence[ToldExpert]) -> Mapping[str, Tier]:
     """The tier of each machine that has experts of its own: the lowest of theirs.
 
-    A node tells no tier of itself, but those of the machines that its experts are on: its own, and servers behind it,
-    which stand no lower. One without experts of its own stays unknown, and bounds nothing here; whoever asks it in turn
-    knows from its own configuration where it stands, and keeps to the label of the request.
+    Those experts are on the machine itself, or on servers behind it, which stand no lower. A machine further on that
+    has none is in the tier that the neighbour tells of what lies behind it, since it counts every machine on the way
+    as this node does.
     """
     tiers: dict[str, Tier] = {}
     for entry in told:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from agora.serve.answer import DONE, usage_body
 from agora.serve.asked import Asked
 from agora.serve.errors import JSON, STATUS, ApiError, error_body
 from agora.serve.sse import EventStream
+from agora.serve.weighing import check_weighs
 from agora.serve.wire import ChatMessage, ChatRequest, checked
 from agora.types import Answer, Budget, Failure, Outcome, RunResult, Usage, checked_question
 from graphs.build import Graph
@@ -71,10 +72,20 @@ async def reason(asked: Asked, graph: Graph) -> web.StreamResponse:
     question, before = question_of(body.messages)
     checked_question(question)
     budget = _budget(body, asked.left_s, asked.node.config.graph.deadline_s)
+    if body.trade_off is not None:
+        check_weighs(graph, asked.model)
     words = _Words(asked, body)
+    wanted: dict[str, Any] = {
+        "run_id": _run_id(asked),
+        "budget": budget,
+        "said_before": before,
+        "reach": asked.reach,
+        "asker": asked.asker,
+        "trade_off": body.trade_off,
+    }
     if body.stream:
-        return await _stream(asked, words, graph, question, before, budget)
-    result = await run(graph, question, run_id=_run_id(asked), budget=budget, said_before=before, reach=asked.reach)
+        return await _stream(asked, words, stream(graph, question, **wanted))
+    result = await run(graph, question, **wanted)
     _answered(result)
     asked.node.metrics.tokens(asked.model, result.usage)
     return web.Response(body=orjson.dumps(words.whole(result)), content_type=JSON)
@@ -186,11 +197,8 @@ class _Words:
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage_body(usage)}
 
 
-async def _stream(
-    asked: Asked, words: _Words, graph: Graph, question: str, before: str, budget: Budget
-) -> web.StreamResponse:
+async def _stream(asked: Asked, words: _Words, events_of: AsyncGenerator[Event, None]) -> web.StreamResponse:
     """Tells how it goes on as comments, which clients of OpenAI's pass over, and then the answer."""
-    events_of = stream(graph, question, run_id=_run_id(asked), budget=budget, said_before=before, reach=asked.reach)
     async with EventStream(asked.request, headers=asked.headers) as out:
         asked.begun(out.response)
         await out.send(orjson.dumps(words.piece({"role": "assistant", "content": ""})))

@@ -21,6 +21,7 @@ from agora.events import Event
 from agora.protocols import Load
 from agora.serve.errors import ApiError
 from agora.serve.live_run import Stop
+from agora.serve.weighing import check_weighs
 from agora.serve.workshop import PAGE, Workshop
 from agora.types import Budget, Tier, checked_question
 from graphs.build import Graph
@@ -139,6 +140,8 @@ class Runs:
         reach: Tier = Tier.CLOUD,
         metadata: Mapping[str, str] | None = None,
         run_id: str | None = None,
+        asker: str | None = None,
+        trade_off: float | None = None,
     ) -> RunRecord:
         """Accepts a run: it is written down when this returns, and goes on whatever becomes of whoever asked.
 
@@ -149,6 +152,8 @@ class Runs:
             reach: How far up it may go, with every part of it.
             metadata: What is to be kept with it.
             run_id: Its id; the same id again with the same question, graph and reach is the same run.
+            asker: Whose question it is; see `graphs.run.run`.
+            trade_off: Money that a right answer is worth; see `graphs.run.run`.
 
         Raises:
             InvalidRequest: If the question cannot be asked, or the id is malformed.
@@ -156,14 +161,16 @@ class Runs:
                 cannot be written down or the process is about to end.
         """
         name = self._named(graph)
+        if trade_off is not None:
+            check_weighs(self._graphs[name], name)
         checked_question(question)
         if run_id is not None:
             checked_run_id(run_id)
             with suppress(RunNotFound):
                 return _same(await self._read(run_id), question, name, reach)
-        return await self._admitted(
-            partial(self._accept, question, name, self._within(budget), reach, metadata, run_id), "accepted"
-        )
+        kept = {"metadata": metadata, "asker": asker, "trade_off": trade_off}
+        accept = partial(self._accept, question, name, self._within(budget), reach, kept, run_id)
+        return await self._admitted(accept, "accepted")
 
     async def get(self, run_id: str) -> RunRecord:
         """The run of that id.
@@ -308,13 +315,7 @@ class Runs:
         return await asyncio.shield(task)
 
     async def _accept(
-        self,
-        question: str,
-        graph: str,
-        budget: Budget,
-        reach: Tier,
-        metadata: Mapping[str, str] | None,
-        run_id: str | None,
+        self, question: str, graph: str, budget: Budget, reach: Tier, kept: Mapping[str, Any], run_id: str | None
     ) -> RunRecord:
         config = self._config
         for _ in range(NEW_IDS):
@@ -327,8 +328,8 @@ class Runs:
                     planner=config.graph.planner if config is not None else None,
                     budget=budget,
                     reach=reach,
-                    metadata=metadata,
                     origin=ORIGIN,
+                    **kept,
                 )
             except RunExists:
                 if run_id is None:

@@ -11,7 +11,7 @@ import orjson
 from aiohttp import web
 
 from agora.errors import InvalidRequest, RunNotFound
-from agora.serve.asked import read_object
+from agora.serve.asked import asker_of, read_object
 from agora.serve.errors import JSON, ApiError
 from agora.serve.node import NODE
 from agora.serve.runs import Runs
@@ -73,6 +73,8 @@ async def create(request: web.Request) -> web.Response:
             reach=lowest(reach_of(wanted.reach or Tier.CLOUD), told),
             metadata=wanted.metadata,
             run_id=wanted.id,
+            asker=asker_of(request),
+            trade_off=wanted.trade_off,
         )
     except InvalidRequest as e:
         raise ApiError(400, e.message, code="invalid_value", param=name, hint=e.hint) from None
@@ -160,6 +162,7 @@ def _view(runs: Runs, record: RunRecord) -> dict[str, Any]:
         "finished_at": record.finished_at,
         "budget": to_plain(record.budget),
         "reach": label_of(record.reach),
+        "trade_off": record.trade_off,
         "metadata": dict(record.metadata),
         "result": record.result.to_dict() if record.result is not None else None,
         "error": record.error,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from agora.serve.wire import Body, BudgetBody, Label
+from agora.serve.wire import Body, BudgetBody, Label, TradeOff
 from agora.types import MAX_QUESTION_CHARS
 from graphs.records import RunStatus
 
@@ -24,7 +24,8 @@ _Question = Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUESTI
 class RunRequest(Body):
     """A question to be answered by a run: `question`, or `input`, which is another word for it.
 
-    `reach` says how far up from this machine it may go, with every part of it.
+    `reach` says how far up from this machine it may go, with every part of it; `trade_off` what money a right answer is
+    worth, for a graph that weighs the one against the other.
     """
 
     question: _Question | None = None
@@ -32,6 +33,7 @@ class RunRequest(Body):
     graph: Annotated[str, Field(min_length=1, max_length=512)] | None = None
     budget: BudgetBody | None = None
     reach: Label | None = None
+    trade_off: TradeOff | None = None
     metadata: Annotated[dict[_Key, _Value], Field(max_length=MAX_METADATA)] | None = None
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")] | None = None
 
@@ -67,6 +69,7 @@ class RunView(_Reply):
     finished_at: float | None
     budget: BudgetBody | None
     reach: Label
+    trade_off: float | None
     metadata: dict[str, str]
     result: dict[str, Any] | None = None
     error: str | None

@@ -15,6 +15,7 @@ from agora.protocols import MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, GenerateRequest,
 from agora.serve.errors import ApiError
 from agora.square import Expert
 from agora.types import MAX_QUESTION_CHARS
+from graphs.how import MAX_TRADE_OFF
 
 MAX_MESSAGES: Final = 1_000
 """Messages of one chat: more than fit any context of the catalogue at 8 tokens each."""
@@ -121,6 +122,10 @@ Label = Literal["local", "edge", "cloud", "end"]
 """How far up a text may go, see `agora.types.reach`; `end` is another word for `local`."""
 
 
+TradeOff = Annotated[float, Field(gt=0, le=MAX_TRADE_OFF)]
+"""Money that a right answer is worth, for a graph that weighs the one against the other; agora's own addition."""
+
+
 class BudgetBody(Body):
     """What a graph may spend; agora's own addition to OpenAI's request."""
 
@@ -183,6 +188,7 @@ class ChatRequest(_Sampling):
     safety_identifier: Annotated[str, StringConstraints(max_length=512)] | None = None
     prompt_cache_key: Annotated[str, StringConstraints(max_length=512)] | None = None
     budget: BudgetBody | None = None
+    trade_off: TradeOff | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> ChatRequest:

@@ -117,11 +117,20 @@ class Workshop:
                     run_id=live.id,
                     budget=record.budget,
                     reach=record.reach,
+                    asker=record.asker,
+                    trade_off=record.trade_off,
                     on_event=tell,
                 )
             await live.news.read(self._store, live.id)
             return await go_on(
-                live.graph, live.id, record.question, budget=record.budget, reach=record.reach, on_event=tell
+                live.graph,
+                live.id,
+                record.question,
+                budget=record.budget,
+                reach=record.reach,
+                asker=record.asker,
+                trade_off=record.trade_off,
+                on_event=tell,
             )
 
     def _tell(self, live: LiveRun, event: Event) -> None:

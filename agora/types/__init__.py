@@ -13,7 +13,7 @@ from agora.types.outcomes import (
     outcome_from_dict,
     outcome_to_dict,
 )
-from agora.types.reach import LABELS, label_of, lowest, reach_of
+from agora.types.reach import LABELS, highest, label_of, lowest, reach_of
 from agora.types.tasks import MAX_SUBTASKS, Budget, Subtask, TaskGraph
 from agora.types.words import ID, MAX_QUESTION_CHARS, Modality, Tier, checked_question, to_plain
 
@@ -38,6 +38,7 @@ __all__ = [
     "attempt_from_dict",
     "attempt_to_dict",
     "checked_question",
+    "highest",
     "label_of",
     "lowest",
     "outcome_from_dict",

@@ -55,6 +55,7 @@ class Answer:
         adapter: The adapter version that answered, `name@vN`.
         notes: What the reader should know, e.g. that something fell back.
         path: The path it came by, where there were several.
+        limited: Whether it, or what tells how far it can be trusted, fell short for want of time or money.
     """
 
     text: str
@@ -68,6 +69,7 @@ class Answer:
     adapter: str | None = None
     notes: tuple[str, ...] = ()
     path: str | None = None
+    limited: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

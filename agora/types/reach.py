@@ -50,5 +50,10 @@ def lowest(*reaches: Tier) -> Tier:
     return min(reaches, key=_height, default=Tier.CLOUD)
 
 
+def highest(*tiers: Tier) -> Tier:
+    """How far up something comes that passes machines of these tiers; the end tier for none."""
+    return max(tiers, key=_height, default=Tier.END)
+
+
 def _height(tier: Tier) -> int:
     return tier.height

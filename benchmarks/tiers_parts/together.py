@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from benchmarks.tiers_parts.alone import Judged, Step
 from benchmarks.tiers_parts.experts import TIERS, Tiers
 from benchmarks.tiers_parts.questions import GSM8K, Question
 from graphs.build import Routing, build_graph
-from graphs.calibrating import JOURNAL, policy_folder, version_of
-from graphs.calibration_asking import Order, ask_all
-from graphs.calibration_fit import Result, Wishes, fit_all
-from graphs.calibration_journal import Graded, Journal
+from graphs.calibrate import calibrate as learn
+from graphs.calibration_fit import Result, Wishes
 from graphs.calibration_questions import read_questions
 from graphs.run import run
 
@@ -42,20 +39,17 @@ async def calibrate(tiers: Tiers, file: Path, routing: Routing) -> Result:
         file: What `write_questions` wrote.
         routing: What `open_router` gave: policies look at the questions' embeddings, where there are any.
     """
-    config = tiers.config
-    folder = policy_folder(config)
-    questions = read_questions(file)
-    experts = {t: (tiers.expert(t), version_of(tiers.expert(t), config)) for t in TIERS}
-    # A fresh journal: answers that were given before come out of the recordings anyway.
-    with Journal(folder / JOURNAL, fresh=True) as journal:
-        await ask_all(Order(questions=questions, experts=experts), (), lambda _, outcome: journal.put(outcome))
-        graded: dict[str, Mapping[str, Graded]] = {
-            t: {q.key: journal.known[q.key, version, ()] for q in questions} for t, (_, version) in experts.items()
-        }
-    vertical = config.vertical
-    wishes = Wishes(trade_off=vertical.trade_off, max_risk=vertical.max_risk, confidence=vertical.confidence)
-    vectors = None if routing.embedder is None else await routing.embedder.embed([q.text for q in questions])
-    return await asyncio.to_thread(fit_all, folder, questions, graded, wishes, embeddings=vectors)
+    vertical = tiers.config.vertical
+    return await learn(
+        tiers.square,
+        read_questions(file),
+        config=tiers.config,
+        experts=TIERS,
+        wishes=Wishes(trade_off=vertical.trade_off, max_risk=vertical.max_risk, confidence=vertical.confidence),
+        embedder=routing.embedder,
+        # Answers that were given before come out of the recordings anyway.
+        fresh=True,
+    )
 
 
 async def ask_together(

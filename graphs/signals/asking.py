@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from agora.errors import AgoraError, DeadlineExceeded
+from agora.errors import AgoraError, BackendTimeout, BudgetExceeded, DeadlineExceeded
 from agora.protocols import Completion, GenerateRequest, Message, ScoreRequest, Scores
 from agora.square import Expert
 from agora.types import Usage
+from graphs.call import passed
 from graphs.spend import Spend, read_at_least, used_by_failed
 
 
@@ -31,6 +32,7 @@ class Asking:
         spend: What the calls are paid from.
         deadline: Event-loop time at which to stop; None for no deadline.
         usage: What was used so far.
+        limited: Whether something could not be asked, or not in full, for want of time or money.
     """
 
     expert: Expert
@@ -42,6 +44,7 @@ class Asking:
     spend: Spend
     deadline: float | None
     usage: Usage = field(default_factory=Usage)
+    limited: bool = False
 
     def about_it(self, words: str) -> tuple[tuple[Message, ...], str | None]:
         """Messages, or else a prompt, that say `words` after the question and the answer."""
@@ -65,6 +68,7 @@ class Asking:
                 # Told what is left after the grant, which may have been waited for.
                 done = await self.expert.backend.generate(replace(request, max_tokens=most, timeout_s=self._left()))
                 self._count(done.usage)
+                self.limited |= done.finish_reason == "length" and most < request.max_tokens
                 return done
         except (AgoraError, TimeoutError) as e:
             raise self._none(e, chars, begun) from e
@@ -107,6 +111,9 @@ class Asking:
             usage = read_at_least(self.expert.card, chars) if begun else Usage()
         self.usage += usage
         self.spend.add(usage)
+        # A server that lets its own time pass, while there is more here, does so when it is calibrated, too.
+        out_of_time = isinstance(error, BackendTimeout) and passed(self.deadline)
+        self.limited |= out_of_time or isinstance(error, (BudgetExceeded, DeadlineExceeded))
         return NoSignal(error.message if isinstance(error, AgoraError) else str(error))
 
 

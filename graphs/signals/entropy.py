@@ -27,5 +27,7 @@ async def entropy(asking: Asking) -> float:
         NoSignal: If it told nothing.
     """
     if ENTROPY not in asking.told:
+        if not asking.expert.backend.capabilities.logprobs:
+            raise NoSignal("its backend does not claim logprobs")
         raise NoSignal("its backend told no alternatives to the words of the answer")
     return asking.told[ENTROPY]

@@ -31,16 +31,22 @@ class Gathered:
         signals: By name, those that came with the answer included; finite numbers only.
         usage: What asking cost, apart from the answer itself.
         notes: Which signals could not be had, and why.
+        limited: Whether one of them could not be had, or not in full, for want of time or money.
     """
 
     signals: dict[str, float] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     notes: tuple[str, ...] = ()
+    limited: bool = False
 
     def added_to(self, answer: Answer) -> Answer:
         """The answer with its signals, what they cost, and what could not be had."""
         return replace(
-            answer, signals=self.signals, usage=answer.usage + self.usage, notes=(*answer.notes, *self.notes)
+            answer,
+            signals=self.signals,
+            usage=answer.usage + self.usage,
+            notes=(*answer.notes, *self.notes),
+            limited=answer.limited or self.limited,
         )
 
 
@@ -101,7 +107,7 @@ async def gather(
             notes.append(f"{name} of {expert.name}'s answer could not be had: {value}")
         else:
             signals[name] = value
-    return Gathered(signals=signals, usage=asking.usage, notes=tuple(notes))
+    return Gathered(signals=signals, usage=asking.usage, notes=tuple(notes), limited=asking.limited)
 
 
 async def _one(name: str, asking: Asking) -> float | str:

@@ -94,7 +94,7 @@ def test_the_template_shows_every_key_of_serving_and_of_the_nodes_that_agora_sta
 
 def test_what_the_template_shows_of_limits_is_what_holds_without_them(tmp_path: Path) -> None:
     shown, usual = uncommented(tmp_path), default_config()
-    chosen = {"name", "keys", "requests_per_minute"}
+    chosen = {"name", "tier", "keys", "requests_per_minute"}
     assert shown.server.model_dump(exclude=chosen) == usual.server.model_dump(exclude=chosen)
 
 

@@ -77,3 +77,15 @@ async def test_closing_closes_every_backend() -> None:
         await asking
     with pytest.raises(Unavailable):
         await square.experts[0].ask("q")
+
+
+def test_an_expert_may_describe_itself_anew_and_keeps_its_place() -> None:
+    cards = [ExpertCard(name=n, description="d") for n in ("a", "b")]
+    square = Square([Expert(card=c, backend=FakeBackend()) for c in cards])
+    before, version = square.experts, square.version
+    square.recard(ExpertCard(name="a", description="better"))
+    assert [e.card.description for e in square] == ["better", "d"]
+    assert square.experts[0].backend is before[0].backend
+    assert square.version > version
+    with pytest.raises(InvalidRequest, match="no expert named 'c' is here; here: a, b"):
+        square.recard(ExpertCard(name="c", description="d"))

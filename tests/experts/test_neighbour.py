@@ -17,6 +17,7 @@ from agora.errors import (
     BackendTimeout,
     DeadlineExceeded,
     LoopDetected,
+    OutOfReach,
     Overloaded,
     Rejected,
     TooManyHops,
@@ -185,6 +186,7 @@ async def test_a_node_that_dies_within_its_answer_is_unavailable(wire: Wire) -> 
     [
         (404, "model_not_found", Unavailable, 0, ["finance"]),
         (404, "not_found", Rejected, 0, []),
+        (400, "out_of_reach", OutOfReach, 0, []),
         (400, "model_not_found", Rejected, 0, []),
         (429, "overloaded", Overloaded, 0, []),
         (502, "unavailable", Unavailable, 1, []),

@@ -7,6 +7,7 @@ import json
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,19 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agora.config import Config, parse_config
 from agora.errors import ConfigError, LoopDetected, Unavailable
 from agora.network.multipath import MultipathBackend
 from agora.protocols import GenerateRequest, Message
+from agora.routing.takers import beyond
 from agora.serve.node import open_node
 from agora.serve.server import listening
 from agora.square import Square
 from agora.types import Tier
-from experts.build import expert_cards, missing_keys, open_square
+from experts.build import expert_cards, follow_tiers, highest_tier, missing_keys, open_square
 from experts.fake import FakeBackend
 from experts.openai import OpenAIBackend
 from experts.passage import Passage, new_node_id, passing
@@ -427,6 +431,167 @@ def test_an_expert_stands_where_the_highest_of_its_machines_does(more: str, tier
     assert alone.tier is (tier if more else Tier.END)
 
 
+TRACED = """
+[nodes.cloud]
+kind = "fake"
+reply = "yes"
+[experts.law]
+node = "cloud"
+description = "law"
+[multi_access]
+explore = false
+hedge = false
+[links.wifi]
+target = "cloud"
+technology = "wifi"
+up_mbps = 400.0
+down_mbps = 400.0
+rtt_ms = 1.0
+{keys}
+[links.mobile]
+target = "cloud"
+technology = "4g"
+up_mbps = 40.0
+down_mbps = 40.0
+rtt_ms = 50.0
+"""
+
+
+@pytest.mark.looptime
+@pytest.mark.parametrize(
+    ("keys", "taken"),
+    [
+        # Nothing for the first ten seconds, then all there is.
+        ('trace = "drive.csv"', ["4g", "4g", "wifi", "4g"]),
+        ('trace = "drive.csv"\ntrace_loop = false', ["4g", "4g", "wifi", "wifi"]),
+        ('trace = "drive.csv"\ntrace_speed = 2.0', ["4g", "wifi", "wifi", "4g"]),
+        ("", ["wifi", "wifi", "wifi", "wifi"]),
+    ],
+)
+async def test_a_link_follows_its_trace(tmp_path: Path, keys: str, taken: list[str]) -> None:
+    (tmp_path / "drive.csv").write_text("t_s,mbps\n100,0\n110,400\n115,400\n")
+    # 20 s in all: the last value holds as long as the one before it.
+    square = await open_square(parse_config(TRACED.format(keys=keys), file=tmp_path / "agora.toml"))
+    try:
+        seen = []
+        for wait in (0.5, 6.5, 8.0, 7.0):  # 0.5, 7, 15 and 22 s after the begin
+            await asyncio.sleep(wait)
+            seen.append((await square.experts[0].ask("May I?")).path)
+        assert seen == taken
+    finally:
+        await square.aclose()
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ('trace = "gone.csv"', r"agora\.toml: links\.wifi\.trace: .*gone\.csv is not there"),
+        ('trace = "bad.csv"', r"links\.wifi\.trace: .*bad\.csv has no column 't_s'"),
+        ("trace_loop = false", r"links\.wifi.*trace_loop says how a trace is played: it needs trace"),
+        ('trace = "bad.csv"\ntrace_speed = 0', r"links\.wifi\.trace_speed = 0.*greater than 0"),
+        ('trace = "bad.csv"\ntrace_loop = "yes"', r"links\.wifi\.trace_loop.*must be true or false"),
+    ],
+)
+async def test_a_trace_that_cannot_be_played_is_a_mistake_of_the_file(tmp_path: Path, keys: str, said: str) -> None:
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=said):
+        await open_square(parse_config(TRACED.format(keys=keys), file=tmp_path / "agora.toml"))
+
+
+RELAYED = """
+[nodes.near]
+kind = "fake"
+tier = "end"
+[neighbours.n]
+url = "http://x"
+{tier}
+[experts.law]
+node = "near"
+also = ["n"]
+description = "law"
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "told", "tier"),
+    [
+        ("", {}, Tier.CLOUD),
+        ("", {"n": Tier.EDGE}, Tier.EDGE),
+        ("", {"other": Tier.EDGE}, Tier.CLOUD),
+        ('tier = "edge"', {}, Tier.EDGE),
+        ('tier = "edge"', {"n": Tier.CLOUD}, Tier.EDGE),
+        ('tier = "cloud"', {"n": Tier.EDGE}, Tier.CLOUD),
+        ('tier = "end"', {}, Tier.END),
+    ],
+)
+def test_a_neighbour_stands_where_it_is_configured_or_tells_or_in_the_cloud(
+    said: str, told: dict[str, Tier], tier: Tier
+) -> None:
+    assert highest_tier(config(RELAYED.format(tier=said)), "law", told) is tier
+
+
+TIERS = st.sampled_from(list(Tier))
+
+
+@st.composite
+def squares(draw: st.DrawFn) -> tuple[Config, dict[str, Tier]]:
+    """Some machines with links in any direction, an expert on some of them, and what neighbours tell."""
+    nodes = [f"n{i}" for i in range(draw(st.integers(1, 3)))]
+    neighbours = [f"m{i}" for i in range(draw(st.integers(0, 3)))]
+    text = ""
+    for name in nodes:
+        text += f'[nodes.{name}]\nkind = "fake"\ntier = "{draw(TIERS)}"\n'
+    for name in neighbours:
+        tier = draw(st.none() | TIERS)
+        text += f'[neighbours.{name}]\nurl = "http://{name}"\n' + (f'tier = "{tier}"\n' if tier else "")
+    ends = draw(st.lists(st.tuples(st.sampled_from(["here", *neighbours]), st.sampled_from([*nodes, *neighbours]))))
+    for i, (source, target) in enumerate(ends):
+        if source != target:
+            text += f'[links.l{i}]\nsource = "{source}"\ntarget = "{target}"\ntechnology = "wifi"\n'
+    also = draw(st.lists(st.sampled_from([*nodes[1:], *neighbours, "n0"]), unique=True))
+    text += f'[experts.x]\nnode = "n0"\ndescription = "x"\nalso = {json.dumps([a for a in also if a != "n0"])}\n'
+    return config(text), draw(st.dictionaries(st.sampled_from([*neighbours, "else"]), TIERS))
+
+
+@given(squares(), TIERS)
+def test_no_label_lets_data_onto_a_way_that_passes_a_machine_above_it(
+    square: tuple[Config, dict[str, Tier]], label: Tier
+) -> None:
+    configured, told = square
+
+    def stands(machine: str) -> Tier:
+        if machine in configured.nodes:
+            return configured.nodes[machine].tier
+        return configured.neighbours[machine].tier or told.get(machine) or Tier.CLOUD
+
+    try:
+        routes = routes_of(configured, "x", topology_of(configured))
+    except ConfigError:
+        return  # No way leads to one of its machines: it is not opened.
+    card = replace(expert_cards(configured)[0], tier=highest_tier(configured, "x", told))
+    passed = [m for r in routes for m in (r.machine, *r.path.relays, r.path.target)]
+    if beyond(card, label) is None:
+        assert all(stands(m).height <= label.height for m in passed)
+    if not any(link.source != "here" for link in configured.links.values()):
+        # And without relays nothing is kept from a way that may be taken.
+        assert card.tier is max((stands(m) for m in passed), key=lambda t: t.height)
+
+
+async def test_what_a_neighbour_tells_changes_how_far_up_an_expert_is() -> None:
+    configured = config(RELAYED.format(tier=""))
+    square = await open_square(configured)
+    try:
+        seen = []
+        for told in ({}, {"n": Tier.EDGE}, {}):
+            follow_tiers(configured, square, told)
+            seen.append((square.experts[0].card.tier, square.version))
+        assert [tier for tier, _ in seen] == [Tier.CLOUD, Tier.EDGE, Tier.CLOUD]
+        assert len({version for _, version in seen}) == 3, "whoever keeps something of the cards sees that they changed"
+        assert square.experts[0].backend is square.get("law").backend
+    finally:
+        await square.aclose()
+
+
 # -- Through gateways
 
 
@@ -463,6 +628,39 @@ reply = "from the roadside unit"
 node = "n"
 description = "law"
 """
+
+
+@pytest.mark.parametrize(
+    ("stands", "behind", "label", "said"),
+    [
+        ('tier = "edge"', "edge", "edge", None),
+        ('tier = "edge"', "edge", "local", "it is on a machine of tier edge"),
+        ("", "edge", "edge", None),  # It says nothing of itself, and its own expert is on it or further up.
+        ("", "cloud", "edge", "it is on a machine of tier cloud"),
+        # It may see the question, whom it would ask may not: it says so itself.
+        ('tier = "edge"', "cloud", "edge", "roadside: "),
+        ('tier = "edge"', "cloud", "cloud", None),
+    ],
+)
+async def test_a_label_holds_over_a_relay(
+    tmp_path: Path, stands: str, behind: str, label: str, said: str | None
+) -> None:
+    port = unused_port()
+    near = NEAR.format(dead=unused_port(), port=port).replace("[nodes.dead]", '[nodes.dead]\ntier = "end"')
+    relay = ROADSIDE.replace("[nodes.n]", f'[nodes.n]\ntier = "{behind}"') + f"[server]\n{stands}\n"
+    async with (
+        gateway(relay, tmp_path / "far", port) as (far, _),
+        gateway(near, tmp_path / "near", 0) as (_, where),
+        aiohttp.ClientSession() as http,
+    ):
+        body = {"model": "law", "messages": [{"role": "user", "content": "May I?"}], "reach": label}
+        async with http.post(f"{where}/v1/chat/completions", json=body) as reply:
+            answer = await reply.json()
+        if said is None:
+            assert answer["choices"][0]["message"]["content"] == "from the roadside unit"
+        else:
+            assert said in answer["error"]["message"]
+            assert not far.square.get("law").backend.requests
 
 
 async def test_a_gateway_answers_over_a_relay_whole_and_as_a_stream(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from agora.square import Expert, Square
 from agora.types import Answer, Attempt, Budget, ExpertCard, Subtask
 from experts.fake import FakeBackend, Replies
 from graphs.crew import Crew
+from graphs.solver import Job
 from graphs.spend import Spend
 
 
@@ -33,12 +34,14 @@ def expert(name: str, node: str, replies: Replies = "yes") -> Expert:
 async def solve(square: Square, max_attempts: int = 3) -> tuple[tuple[Attempt, ...], list[bool]]:
     lasts: list[bool] = []
     attempts = await Crew(square=square, router=InOrder(), max_attempts=max_attempts).solve(
-        Subtask(id="t1", question="what?"),
-        "what?",
-        spend=Spend(Budget()),
-        deadline=None,
-        on_start=lambda n, expert, why: None,
-        on_end=lambda n, attempt, last: lasts.append(last),
+        Job(
+            subtask=Subtask(id="t1", question="what?"),
+            question="what?",
+            spend=Spend(Budget()),
+            deadline=None,
+            on_start=lambda n, expert, why: None,
+            on_end=lambda n, attempt, last: lasts.append(last),
+        )
     )
     return attempts, lasts
 

@@ -23,6 +23,7 @@ from graphs.llm_planner import LLMPlanner
 from graphs.once import Once
 from graphs.plan import StaticPlanner
 from graphs.run import run
+from graphs.solver import Job
 from graphs.spend import Spend
 from graphs.synthesise import LLMSynthesiser
 from graphs.vertical import vertical
@@ -140,12 +141,14 @@ async def test_a_crew_sends_nothing_away_unprepared() -> None:
         square=Square([phone, big]), router=KeywordRouter(), departure=Departure(redactor=Redactor()), once=Once()
     )
     attempts = await crew.solve(
-        ONE,
-        "mail a@b.co?",
-        spend=Spend(Budget()),
-        deadline=None,
-        on_start=lambda n, expert, why: None,
-        on_end=lambda n, attempt, last: None,
+        Job(
+            subtask=ONE,
+            question="mail a@b.co?",
+            spend=Spend(Budget()),
+            deadline=None,
+            on_start=lambda n, expert, why: None,
+            on_end=lambda n, attempt, last: None,
+        )
     )
     assert answered(attempts[-1]).text == "to a@b.co"
     assert (shown(phone), shown(big)) == (["mail a@b.co?"], ["mail <EMAIL_1>?"])

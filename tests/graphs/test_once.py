@@ -22,6 +22,7 @@ from agora.network.ways import Way
 from agora.square import Expert
 from agora.types import AdapterRef, Answer, Attempt, Budget, ExpertCard, Failure, Outcome, Subtask, Tier, Usage
 from experts.fake import FakeBackend, Reply, question_of
+from graphs.call import After
 from graphs.crew import ask_expert
 from graphs.departure import Departure, Redactor
 from graphs.once import ENTRY_BYTES, Once
@@ -43,9 +44,21 @@ async def ask(
     spend: Spend | None = None,
     seconds: float | None = None,
     subtask: Subtask = ONE,
+    after: After | None = None,
+    asker: str | None = None,
 ) -> Attempt:
     deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
-    return await ask_expert(who, subtask, text, why="", spend=spend or Spend(Budget()), deadline=deadline, once=once)
+    return await ask_expert(
+        who,
+        subtask,
+        text,
+        why="",
+        spend=spend or Spend(Budget()),
+        deadline=deadline,
+        once=once,
+        after=after,
+        asker=asker,
+    )
 
 
 def text_of(outcome: Outcome) -> str:
@@ -103,6 +116,58 @@ async def test_what_differs_in_anything_is_asked_by_itself(what: str) -> None:
     who, text, subtask = DIFFERENT[what](backend)
     await asyncio.gather(ask(once, expert(backend)), ask(once, who, text, subtask=subtask))
     assert (once.made, once.joined) == (2, 0)
+
+
+@pytest.mark.looptime
+async def test_two_askers_share_nothing_in_flight_and_nothing_kept() -> None:
+    backend = FakeBackend("because", latency=1.0)
+    once, who = Once(cache_entries=10), expert(backend)
+    loop = asyncio.get_running_loop()
+    many = await asyncio.gather(*(ask(once, who, asker=a) for a in ("ann", "ben", "ann", None)))
+    assert (once.made, once.joined, once.kept) == (3, 1, 3)
+    assert [len(a.outcome.notes) for a in many if isinstance(a.outcome, Answer)] == [0, 0, 1, 0]
+    # What was asked by somebody else takes as long as what nobody has asked.
+    for asker, seconds in (("cy", 1.0), ("ben", 0.0), (None, 0.0), ("ann", 0.0)):
+        began = loop.time()
+        assert text_of((await ask(once, who, asker=asker)).outcome) == "because"
+        assert loop.time() - began == seconds
+    assert asked(backend) == 4
+
+
+@pytest.mark.looptime
+async def test_who_wants_signals_does_not_have_an_answer_without_them() -> None:
+    def wanting(*signals: str) -> After:
+        async def do(text: str, answer: Answer) -> Answer:
+            return replace(answer, signals=dict.fromkeys(signals, 0.5))
+
+        return After(what=frozenset(signals), do=do)
+
+    for cache_entries in (0, 10):
+        backend = FakeBackend("because", latency=1.0)
+        once, who = Once(cache_entries=cache_entries), expert(backend)
+        wanted = (None, wanting("p_true"), wanting("p_true", "verbalised"), wanting("verbalised", "p_true"))
+        many = await asyncio.gather(*(ask(once, who, after=a) for a in wanted))
+        got = [sorted(a.outcome.signals) for a in many if isinstance(a.outcome, Answer)]
+        assert got[1:] == [["p_true"], ["p_true", "verbalised"], ["p_true", "verbalised"]]
+        assert (once.made, once.joined) == (3, 1)
+        again = await ask(once, who, after=wanting("p_true"))
+        assert isinstance(again.outcome, Answer) and list(again.outcome.signals) == ["p_true"]
+        assert once.found == (1 if cache_entries else 0)
+
+
+@pytest.mark.looptime
+async def test_an_answer_that_fell_short_of_the_leaders_means_is_its_own() -> None:
+    async def short(text: str, answer: Answer) -> Answer:
+        return replace(answer, limited=True)
+
+    async def whole(text: str, answer: Answer) -> Answer:
+        return answer
+
+    backend = FakeBackend("because", latency=1.0)
+    once, who = Once(cache_entries=10), expert(backend)
+    many = await asyncio.gather(*(ask(once, who, after=After(what=1, do=do)) for do in (short, whole)))
+    assert [a.outcome.limited for a in many if isinstance(a.outcome, Answer)] == [True, False]
+    assert asked(backend) == 2 and once.kept == 1
 
 
 @pytest.mark.looptime

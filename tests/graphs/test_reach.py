@@ -41,6 +41,7 @@ from graphs.named import Named
 from graphs.plan import Plan, StaticPlanner
 from graphs.plan_within import plan_within
 from graphs.run import resume, run, stream
+from graphs.solver import Job
 from graphs.spend import Spend
 from graphs.store import RunStore
 from graphs.synthesise import LLMSynthesiser
@@ -186,12 +187,14 @@ async def test_an_expert_replaced_by_one_further_up_under_its_name_is_caught_too
             return ranking
 
     await Crew(square=square, router=Slow()).solve(
-        replace(ONE, reach=Tier.END),
-        "why?",
-        spend=Spend(Budget()),
-        deadline=None,
-        on_start=lambda n, expert, why: None,
-        on_end=lambda n, attempt, last: None,
+        Job(
+            subtask=replace(ONE, reach=Tier.END),
+            question="why?",
+            spend=Spend(Budget()),
+            deadline=None,
+            on_start=lambda n, expert, why: None,
+            on_end=lambda n, attempt, last: None,
+        )
     )
     assert seen_by(big) == []
 

@@ -46,6 +46,9 @@ router = "keywords"
 """
 
 
+THINGS = [(a, b) for a in ("red", "old", "heavy") for b in ("lamp", "chair", "mirror", "table", "carpet")]
+
+
 def config(tmp_path: Path, vertical: str = "") -> Config:
     return parse_config(f'{BASE}\n[vertical]\npolicy = "{tmp_path}/policy"\n{vertical}', file=None)
 
@@ -108,6 +111,22 @@ async def test_answers_are_kept_only_where_that_is_wanted(tmp_path: Path) -> Non
         (_, again), square = await answers(config(tmp_path, table), "What is 6 times 7?", "What is 6 times 7?")
         assert again.text == "forty-two"
         assert [len(q) for q in asked(square).values()] == [calls] * 3
+
+
+async def test_what_has_nothing_to_do_with_the_question_does_not_leave_the_end_tier(tmp_path: Path) -> None:
+    facts = " ".join(f"The {a} {b} weighs {n} kilograms." for n, (a, b) in enumerate(THINGS))
+    question = f"{facts} The violin on the shelf is brown.\n\nWhat colour is the violin on the shelf?"
+    told = {}
+    for key in ("", "extract = 1", "extract = 1\ncondense_tokens = 16"):
+        (result,), square = await answers(config(tmp_path, f"accept = 1.0\n{key}"), question)
+        asked = {e.name: [question_of(r) for r in e.backend.requests] for e in square}  # type: ignore[attr-defined]
+        assert asked["small"] == [question], "on the end tier itself all of it may be read"
+        told[key] = asked["large"][0]
+        assert any("extracted" in note for note in result.notes) == bool(key)
+    assert told[""] == question
+    assert "violin on the shelf is brown" in told["extract = 1"]
+    assert "kilograms" not in told["extract = 1"]
+    assert len(told["extract = 1\ncondense_tokens = 16"]) <= len(told["extract = 1"]), "first one, then the other"
 
 
 async def test_what_leaves_the_end_tier_is_redacted_and_condensed(tmp_path: Path) -> None:

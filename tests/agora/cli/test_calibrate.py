@@ -98,8 +98,9 @@ def test_what_it_wrote_is_what_answers_are_judged_by(agora, config, data, home):
 
 
 def test_json_is_one_object_and_nothing_certified_is_said(agora, config, data):
-    # What the small one says first is wrong, and nothing tells when.
-    config.write_text(CONFIG.replace("#### 4", "four", 2) + "max_risk = 0.02\n")
+    # The small one is always wrong and the big one never, so that nothing can be saved.
+    always = CONFIG.replace('replies = { "hard 9" = "#### 1", "easy 7" = "#### 9", "fair 5" = "#### 3" }', "")
+    config.write_text(always.replace("#### 4", "four", 2) + "max_risk = 0.02\n")
     plain = agora("calibrate", "--data", data(500), "--json").json
     assert plain["questions"] == 500
     assert [e["version"]["expert"] for e in plain["experts"]] == ["small", "big"]
@@ -126,6 +127,8 @@ def test_a_second_start_goes_on_and_a_fresh_one_does_not(agora, config, data, ho
 
 
 def test_another_adapter_is_asked_again(agora, config, data, home):
+    from graphs.calibration_folder import current
+
     name = data(40)
     assert agora("calibrate", "--data", name).code == 0
     config.write_text(CONFIG.replace("[experts.small]", '[experts.small]\nadapter.name = "a@v2"'))
@@ -133,7 +136,7 @@ def test_another_adapter_is_asked_again(agora, config, data, home):
     assert said.code == 0
     assert "small: 40 of 40 answered before" not in said.err
     assert "big: 40 of 40 answered before" in said.err
-    assert len(list((home / "policy" / "calibrators").glob("small~*.json"))) == 2
+    assert len(list((current(home / "policy") / "calibrators").glob("small~*.json"))) == 2
 
 
 def test_a_price_that_is_given_later_counts_without_asking_again(agora, config, data, home):
@@ -216,6 +219,11 @@ def test_in_a_terminal_there_is_a_bar_for_each_expert(config, data, start):
         (["--data", "fine.jsonl", "--limit", "10"], "10 questions of fine.jsonl; at least 30 are needed"),
         (["--data", "fine.jsonl", "--experts", "small,nobody"], "no expert 'nobody' in the configuration"),
         (["--data", "fine.jsonl", "--experts", ","], "--experts names nobody"),
+        (["--data", "fine.jsonl", "--reach", "mars"], "--reach is 'mars'; allowed: local, edge, cloud"),
+        (
+            ["--data", "fine.jsonl", "--experts", "big", "--reach", "edge"],
+            "big cannot be calibrated: it is on a machine",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_before_anybody_is_asked(agora, config, data, home, arguments, said):
@@ -226,7 +234,8 @@ def test_what_is_wrong_is_told_before_anybody_is_asked(agora, config, data, home
     outcome = agora("calibrate", *arguments)
     assert outcome.code == 1
     assert said in outcome.error
-    assert not (home / "policy" / "calibrators").exists()
+    assert not (home / "policy").exists() or not list((home / "policy").rglob("*~*.json"))
+    assert not (home / "policy" / "current.json").exists()
     told = agora("calibrate", *arguments, "--json")
     assert said in told.json["error"]["message"]
 
@@ -272,3 +281,30 @@ def test_the_help_names_the_graders(start):
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "exact, number, choice" in " ".join(out.split())
+
+
+def test_questions_that_may_not_leave_are_asked_of_those_at_home_alone(agora, config, data):
+    plain = agora("calibrate", "--data", data(40), "--reach", "local", "--json").json
+    assert [e["version"]["expert"] for e in plain["experts"]] == ["small"]
+
+
+def test_more_at_once_is_quicker_and_says_what_its_seconds_are(agora, config, data, home):
+    name = data(40)
+    assert "include waiting" not in agora("calibrate", "--data", name).out
+    said = agora("calibrate", "--data", name, "--at-once", "4", "--fresh")
+    assert "note: big: the seconds of 40 of 40 answers include waiting: up to 4 questions" in said.out
+    assert agora("calibrate", "--data", name, "--at-once", "0").code == 2
+
+
+def test_another_number_of_samples_and_what_leaves_are_asked_anew(agora, config, data, home):
+    journal, name = home / "policy" / "journal.jsonl", data(40)
+    sampled = CONFIG + 'signals = ["self_consistency"]\n'
+    config.write_text(sampled)
+    assert agora("calibrate", "--data", name).code == 0
+    config.write_text(sampled + "samples = 3\n")
+    assert "answered before" not in agora("calibrate", "--data", name).err
+    assert len(journal.read_text().splitlines()) == 160
+    # Those of the end tier see what they saw before.
+    config.write_text(sampled + 'samples = 3\nredact = ["email"]\n')
+    said = agora("calibrate", "--data", name).err
+    assert "small: 40 of 40 answered before" in said and "big: 40 of 40 answered before" not in said

@@ -55,5 +55,11 @@ def test_links_to_experts_are_fine_and_a_link_to_nobody_is_told() -> None:
     assert "over lte" in found.detail
 
 
+def test_a_trace_that_cannot_be_played_fails() -> None:
+    [found] = said('[links.wifi]\ntarget = "edge"\ntechnology = "wifi"\ntrace = "gone.csv"')
+    assert found.status == "fail"
+    assert "links.wifi.trace: /x/gone.csv is not there" in found.detail
+
+
 def test_this_machine_has_a_loopback_address() -> None:
     assert "127.0.0.1" in own_addresses()

@@ -10,8 +10,9 @@ import pytest
 
 from agora.errors import InvalidRequest
 from agora.serve.node import Node
+from agora.serve.node_card import Node as CardNode
 from agora.serve.node_card import ToldCapabilities, ToldExpert
-from agora.serve.offers import offers_of
+from agora.serve.offers import offers_of, standing
 from agora.serve.wire import ChatRequest, checked
 from agora.square import Expert
 from agora.types import Tier
@@ -212,7 +213,27 @@ def test_an_expert_behind_a_relay_is_as_far_up_as_the_relay_as_far_as_that_is_kn
     }
     through_silence = [told("law", Tier.END, silent, end)]
     offers, _ = offers_of("c", through_silence, node=new_node_id(), max_hops=4, wanted=None)
-    assert [o.card.tier for o in offers] == [Tier.EDGE], "a relay that tells nothing is another machine all the same"
+    assert [o.card.tier for o in offers] == [Tier.CLOUD], "a relay that tells nothing may be anywhere"
+
+
+@pytest.mark.parametrize(
+    ("configured", "told_tier", "own", "counts"),
+    [
+        (Tier.END, Tier.CLOUD, [Tier.CLOUD], Tier.END),
+        (None, Tier.EDGE, [Tier.CLOUD], Tier.EDGE),
+        (None, Tier.CLOUD, [Tier.END], Tier.CLOUD),
+        (None, Tier.END, [], Tier.EDGE),
+        (None, None, [Tier.CLOUD, Tier.EDGE], Tier.EDGE),
+        (None, None, [Tier.END], Tier.EDGE),
+        (None, None, [], Tier.CLOUD),
+    ],
+)
+def test_where_a_neighbour_stands(
+    configured: Tier | None, told_tier: Tier | None, own: list[Tier], counts: Tier
+) -> None:
+    here = CardNode(id=new_node_id(), name="n", tier=told_tier)
+    card = [told(f"e{i}", tier, here.id) for i, tier in enumerate(own)]
+    assert standing([*card, told("far", Tier.END, here.id, new_node_id())], here, configured=configured) is counts
 
 
 @pytest.mark.parametrize(("stands", "counts"), [(None, Tier.EDGE), (Tier.END, Tier.END), (Tier.CLOUD, Tier.CLOUD)])
