@@ -130,14 +130,24 @@ def read_folder(folder: Path, *, like: Spec | None = None) -> Adapter:
 
 
 def _save(work: Path, files: Mapping[str, Tensors], config: Mapping[str, Any], base: str) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     for name, tensors in files.items():
         whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        save_file(whole, work / name, metadata={"format": "pt", FINGERPRINT_KEY: base})
+        (work / name).write_bytes(_ordered(save(whole, metadata={"format": "pt", FINGERPRINT_KEY: base})))
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
     (work / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     sync_folder(work)
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its free words in order: safetensors writes them in another one each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def _plain(value: object) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
-from agora.cli import ask, calibrate, demo, doctor, experts, init, keys, models, runs, serve
+from agora.cli import ask, calibrate, demo, doctor, experts, fed, init, keys, models, runs, serve
 from agora.cli.invocation import ExitCode, Invocation, of, quieten
 from agora.cli.streams import OutputError, discard, flush, guarded
 from agora.errors import AgoraError
@@ -40,6 +40,7 @@ app.add_typer(experts.app, name="experts")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
 app.add_typer(keys.app, name="keys")
+app.add_typer(fed.app, name="fed")
 app.command("init")(init.init)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
