@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.fed_speed`."""
