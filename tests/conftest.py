@@ -8,6 +8,11 @@ import signal
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes depends on what else the machine does; tests that hang are ended by pytest's own timeout.
+settings.register_profile("agora", deadline=None)
+settings.load_profile("agora")
 
 
 def pytest_configure(config: pytest.Config) -> None:

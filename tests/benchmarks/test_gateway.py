@@ -68,9 +68,9 @@ def test_it_runs_from_end_to_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["agora_expert"] > told["stategraph_proxy"]
     assert told["agora_over_bare"] > 0 and told["graph_over_stategraph"] > 0
     assert set(told["streams"]) == {"agora_expert", "agora_graph", "bare_proxy"}
-    # Whatever passes a second server takes longer.
+    # On a busy machine a request straight to the upstream may well be the slower one.
     for figure in ("added_p50_ms", "added_stream_p50_ms", "added_stream_whole_p50_ms"):
-        assert 0 < told[figure] < 1000
+        assert abs(told[figure]) < 1000
     assert {"added_p99_ms", "added_stream_p99_ms", "memory_growth_mb"} < told.keys() and told["memory_mb"] > 20
     show(told, as_json=False, table=gateway.table(told))
     assert "graph_over_stategraph" in capsys.readouterr().out
